@@ -1,0 +1,107 @@
+"""From a config or a model file to live objects, and back: the one place that knows both stages."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.configs import AutoencoderConfig, DiffusionConfig, PreprocessingConfig
+from ldmkit.container import read_header
+from ldmkit.errors import DataError
+from ldmkit.facts import AutoencoderFacts, DiffusionFacts, validated
+from ldmkit.latent_diffusion import LatentDiffusion
+from ldmkit.modelfile import load, require_tensors, save, versions
+
+
+def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
+    """An autoencoder with fresh weights from the global random generator."""
+    return Autoencoder(config)
+
+
+def save_autoencoder(
+    path: Path, model: Autoencoder, preprocessing: PreprocessingConfig, trained: dict[str, Any]
+) -> None:
+    """Write an autoencoder's model file."""
+    facts = AutoencoderFacts(
+        fingerprint="",
+        image_channels=model.config.image_channels,
+        factor=model.config.factor,
+        latent_channels=model.config.latent_channels,
+        preprocessing=preprocessing,
+        trained=trained,
+        versions=versions(),
+    )
+    save(
+        path,
+        model.state_dict(),
+        kind="autoencoder",
+        config=model.config.model_dump(mode="json"),
+        facts=facts.model_dump(mode="json"),
+    )
+
+
+def load_autoencoder(path: Path | str, device: torch.device | str = "cpu") -> Autoencoder:
+    """The autoencoder of a model file, ready to encode and decode (evaluation mode, no gradients).
+
+    Raises:
+        DataError: the file is missing, damaged, or no autoencoder.
+    """
+    header, tensors = load(Path(path), kind="autoencoder")
+    model = Autoencoder(validated(AutoencoderConfig, header.config, str(path)))
+    require_tensors(model.state_dict(), tensors, str(path))
+    model.load_state_dict(tensors)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def autoencoder_facts(path: Path) -> AutoencoderFacts:
+    """What an autoencoder file says of itself, from its header alone."""
+    return validated(AutoencoderFacts, read_header(path).facts, str(path))
+
+
+def build_diffusion(config: DiffusionConfig) -> LatentDiffusion:
+    """A diffusion model with fresh weights from the global random generator."""
+    return LatentDiffusion(config)
+
+
+def save_diffusion(path: Path, model: LatentDiffusion, facts: DiffusionFacts) -> None:
+    """Write a diffusion model's file; the fingerprint in `facts` is filled in."""
+    save(
+        path,
+        model.state_dict(),
+        kind="diffusion",
+        config=model.config.model_dump(mode="json"),
+        facts=facts.model_dump(mode="json"),
+    )
+
+
+def load_diffusion(path: Path | str, device: torch.device | str = "cpu") -> LatentDiffusion:
+    """The diffusion model of a file, ready to denoise (evaluation mode, no gradients).
+
+    Raises:
+        DataError: the file is missing, damaged, or no diffusion model.
+    """
+    header, tensors = load(Path(path), kind="diffusion")
+    model = LatentDiffusion(validated(DiffusionConfig, header.config, str(path)))
+    require_tensors(model.state_dict(), tensors, str(path))
+    model.load_state_dict(tensors)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def diffusion_facts(path: Path) -> DiffusionFacts:
+    """What a diffusion model file says of itself, from its header alone."""
+    return validated(DiffusionFacts, read_header(path).facts, str(path))
+
+
+def require_same_autoencoder(wanted: str, path: Path, what: str) -> None:
+    """Check that `path` holds the autoencoder of that fingerprint.
+
+    Raises:
+        DataError: it is another one; the message names both.
+    """
+    found = autoencoder_facts(path).fingerprint
+    if found != wanted:
+        raise DataError(
+            f"{what} were made with another autoencoder ({wanted[:12]}) than {path} ({found[:12]}); "
+            "give the one they were made with"
+        )

@@ -1,0 +1,110 @@
+"""Encoder and decoder of the paper's autoencoder (Rombach et al. 2022, App. E; Esser et al. 2021).
+
+Down-sampling is asymmetric (one row and column of zeros at the right and bottom, then a 3x3
+convolution of stride 2), up-sampling is nearest-neighbour and a convolution; the decoder has one
+residual block more per level than the encoder.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from ldmkit.configs import AutoencoderConfig
+from ldmkit.networks.blocks import FeatureMap, ResidualBlock, SpatialAttention, Upsample, group_norm
+from ldmkit.tensors import Images
+
+EPS = 1e-6
+
+
+class Downsample(nn.Module):
+    """Halve height and width: zeros at right and bottom, 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Map `[b, c, h, w]` to `[b, c, h/2, w/2]`."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Middle(nn.Sequential):
+    """The coarsest stage: residual block, attention (unless switched off), residual block."""
+
+    def __init__(self, channels: int, config: AutoencoderConfig) -> None:
+        attention = [_attention(channels)] if config.middle_attention else []
+        super().__init__(_block(channels, channels, config), *attention, _block(channels, channels, config))
+
+
+class Encoder(nn.Module):
+    """Images to the feature map that the bottleneck reads its moments from.
+
+    Args:
+        config: the autoencoder's.
+        out_channels: what the bottleneck asks for (2 z for the KL one).
+    """
+
+    def __init__(self, config: AutoencoderConfig, out_channels: int) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
+        self.levels = nn.ModuleList()
+        channels = config.channels
+        for level, width in enumerate(widths):
+            stages = nn.Sequential()
+            for _ in range(config.residual_blocks):
+                stages.append(_block(channels, width, config))
+                if 2**level in config.attention_factors:
+                    stages.append(_attention(width))
+                channels = width
+            if level < len(widths) - 1:
+                stages.append(Downsample(width))
+            self.levels.append(stages)
+        self.middle = Middle(channels, config)
+        self.norm_out = group_norm(channels, EPS)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, images: Images) -> FeatureMap:
+        """Map `[b, c, h, w]` to `[b, out_channels, h/f, w/f]`."""
+        h = self.conv_in(images)
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+
+
+class Decoder(nn.Module):
+    """Latents back to images; the mirror of `Encoder`."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        channels = widths[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        self.middle = Middle(channels, config)
+        self.levels = nn.ModuleList()  # coarsest first, in the order they are run
+        for level, width in reversed(list(enumerate(widths))):
+            stages = nn.Sequential()
+            for _ in range(config.residual_blocks + 1):
+                stages.append(_block(channels, width, config))
+                if 2**level in config.attention_factors:
+                    stages.append(_attention(width))
+                channels = width
+            if level > 0:
+                stages.append(Upsample(width))
+            self.levels.append(stages)
+        self.norm_out = group_norm(channels, EPS)
+        self.conv_out = nn.Conv2d(channels, config.image_channels, 3, padding=1)
+
+    def forward(self, latents: FeatureMap) -> Images:
+        """Map `[b, z, y, x]` to `[b, c, f y, f x]`."""
+        h = self.middle(self.conv_in(latents))
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def _block(channels: int, out_channels: int, config: AutoencoderConfig) -> ResidualBlock:
+    return ResidualBlock(channels, out_channels, dropout=config.dropout, eps=EPS)
+
+
+def _attention(channels: int) -> SpatialAttention:
+    return SpatialAttention(channels, eps=EPS, zero_init=False)

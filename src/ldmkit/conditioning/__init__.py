@@ -1,0 +1,1 @@
+"""What a condition is, and what turns a batch into one."""

@@ -1,0 +1,1 @@
+"""Pictures in, latents in and out, and the order in which training sees them."""

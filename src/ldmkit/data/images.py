@@ -1,0 +1,97 @@
+"""Preprocessed pictures for training and encoding."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldmkit.configs import PreprocessingConfig
+from ldmkit.data.order import generator_for, indices_of_step, is_held_back
+from ldmkit.data.pixels import Picture, decode_picture
+from ldmkit.data.preprocessing import preprocess
+from ldmkit.data.sources import Item
+from ldmkit.errors import DataError
+from ldmkit.tensors import Images
+
+AUGMENTATION = 1
+"""Place in the seed tree of the draws for random crops and flips."""
+
+
+class TrainingImages(Dataset[Picture]):
+    """Pictures with random crops and flips drawn from (seed, position in the run)."""
+
+    def __init__(self, items: list[Item], config: PreprocessingConfig, seed: int) -> None:
+        self.items, self.config, self.seed = items, config, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Picture:
+        """The picture at (index, position); see `order.indices_of_step`."""
+        index, position = place
+        picture = read_picture(self.items[index], self.config.channels)
+        return preprocess(picture, self.config, generator_for(self.seed, AUGMENTATION, position))
+
+
+class Split(NamedTuple):
+    """Items to train on and items held back."""
+
+    training: list[Item]
+    held_back: list[Item]
+
+
+def split(items: list[Item], share: float) -> Split:
+    """Divide items by the hash of their keys.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    held_back = [item for item in items if is_held_back(item.key, share)]
+    training = [item for item in items if not is_held_back(item.key, share)]
+    if not training:
+        raise DataError(f"--holdout {share} leaves none of the {len(items)} pictures to train on")
+    return Split(training, held_back)
+
+
+def read_picture(item: Item, channels: int) -> Picture:
+    """Read and decode one item to `[channels, h, w]` in [-1, 1]."""
+    return decode_picture(item.read(), str(item.file if item.size < 0 else item.file / item.key), channels)
+
+
+def read_images(items: list[Item], config: PreprocessingConfig) -> Images:
+    """Read a batch without randomness: centre crop, no flip."""
+    pictures = [preprocess(read_picture(item, config.channels), config, None) for item in items]
+    return torch.stack(pictures)
+
+
+class _StepBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, position) from a step on, without end."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, start: int) -> None:
+        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.start
+        while True:
+            yield indices_of_step(step, count=self.count, batch_size=self.batch_size, seed=self.seed)
+            step += 1
+
+
+def training_batches(
+    items: list[Item],
+    config: PreprocessingConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    workers: int,
+) -> Iterator[Images]:
+    """Endless batches `[b, c, size, size]`, beginning with that of step `start`.
+
+    The sequence does not depend on `workers`, the number of reading processes.
+    """
+    loader = DataLoader(
+        TrainingImages(items, config, seed),
+        batch_sampler=_StepBatches(len(items), batch_size, seed, start),
+        num_workers=workers,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    return iter(loader)

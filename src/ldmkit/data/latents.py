@@ -1,0 +1,226 @@
+"""The latent set: a directory of safetensors shards and the manifest that commits it.
+
+Shard k holds the source items of one fixed range, whatever process writes it, so its bytes depend on
+nothing but the recipe: autoencoder, preprocessing, number format, items. Tensors of a shard share
+their first dimension N:
+
+    mean, std     [N, z, h, w]   of the posterior, in the autoencoder's own (raw) space
+    label         [N]            class index, -1 where there is none
+    key, caption                 text, as NAME.bytes (uint8) and NAME.offsets ([N + 1])
+
+`manifest.json` comes last and names every shard with its size and sha256. A set without it is
+unfinished and is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmkit.container import FORMAT_VERSIONS, file_digest, read_header
+from ldmkit.data.sources import NO_LABEL, Item
+from ldmkit.durable import write_text
+from ldmkit.errors import DataError
+from ldmkit.facts import Facts, Manifest, ShardEntry, ShardFacts, Whitening, validated
+from ldmkit.modelfile import versions
+from ldmkit.tensors import Labels, Latents
+
+MANIFEST = "manifest.json"
+COLUMNS = ("mean", "std", "key", "label", "caption")
+NUMPY_DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+
+
+class LatentBatch(NamedTuple):
+    """Posteriors and labels of a batch."""
+
+    mean: Latents
+    std: Latents
+    label: Labels
+
+
+def items_digest(items: Sequence[Item]) -> str:
+    """sha256 over keys, labels and captions: changes when a data set gains, loses or renames items."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.key, item.label, item.caption]).encode())
+    return digest.hexdigest()
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number`."""
+    return f"{number:05d}.safetensors"
+
+
+def shard_tensors(mean: Latents, std: Latents, items: Sequence[Item]) -> dict[str, Tensor]:
+    """The tensors of one shard, as they are stored.
+
+    Raises:
+        DataError: a latent is not finite in the number format asked for.
+    """
+    finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        first = items[int(finite.int().argmin())].key
+        raise DataError(f"the latents of {first} are not finite as {mean.dtype}; try --dtype float32")
+    return {
+        "mean": mean,
+        "std": std,
+        "label": torch.tensor([item.label for item in items], dtype=torch.int64),
+        **_ragged("key", [item.key for item in items]),
+        **_ragged("caption", [item.caption for item in items]),
+    }
+
+
+def moments_of(mean: Latents, std: Latents) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
+    """Values per channel, their sum, and the sum of their expected squares, for the whitening."""
+    mean, std = mean.double(), std.double()
+    axes = (0, 2, 3)
+    count = float(mean.shape[0] * mean.shape[2] * mean.shape[3])
+    squares = (mean.square() + std.square()).sum(axes)
+    return count, tuple(mean.sum(axes).tolist()), tuple(squares.tolist())
+
+
+def build_manifest(
+    recipe: Facts,
+    class_names: tuple[str, ...],
+    latent_shape: tuple[int, int, int],
+    shards: Sequence[tuple[ShardEntry, ShardFacts]],
+) -> Manifest:
+    """Sum up the shards of a set, in order.
+
+    Raises:
+        DataError: the set is empty.
+    """
+    count = sum(entry.count for entry, _ in shards)
+    if count == 0:
+        raise DataError("not one picture could be encoded")
+    values = sum(facts.moments[0] for _, facts in shards)
+    mean = np.sum([facts.moments[1] for _, facts in shards], axis=0) / values
+    square = np.sum([facts.moments[2] for _, facts in shards], axis=0) / values
+    std = np.sqrt(np.maximum(square - mean**2, 1e-12))
+    return Manifest(
+        format=f"ldmkit.latents/{FORMAT_VERSIONS['latents']}",
+        recipe=recipe,
+        count=count,
+        latent_shape=latent_shape,
+        columns=COLUMNS,
+        class_names=class_names,
+        whitening=Whitening(mean=tuple(mean.tolist()), std=tuple(std.tolist())),
+        shards=tuple(entry for entry, _ in shards),
+        skipped=tuple(pair for _, facts in shards for pair in facts.skipped),
+        versions=versions(),
+    )
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Commit a latent set."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    write_text(directory / MANIFEST, text + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a committed latent set.
+
+    Raises:
+        DataError: there is none, or it is not understood.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        hint = "it is unfinished: run `ldmkit encode` again" if directory.is_dir() else "no such directory"
+        raise DataError(f"{directory} is no latent set ({hint})")
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    manifest = validated(Manifest, value, str(path))
+    if manifest.format != f"ldmkit.latents/{FORMAT_VERSIONS['latents']}":
+        raise DataError(f"{path} has the unknown format {manifest.format!r}")
+    return manifest
+
+
+def verify_shard(directory: Path, entry: ShardEntry) -> None:
+    """Raise DataError unless a shard's bytes are the ones the manifest names."""
+    path = directory / entry.name
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run `ldmkit encode` again")
+    if path.stat().st_size != entry.bytes or file_digest(path) != entry.sha256:
+        raise DataError(f"{path} is damaged (sha256 differs from the manifest); run `ldmkit encode` again")
+
+
+class LatentSet:
+    """A committed latent set, memory-mapped for random access.
+
+    Args:
+        directory: of the set. Every shard is checked against its digest first.
+
+    Raises:
+        DataError: the set is unfinished, or a shard is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.manifest = read_manifest(directory)
+        self._shards: list[dict[str, np.ndarray]] = []
+        for entry in self.manifest.shards:
+            verify_shard(directory, entry)
+            self._shards.append(_memory_map(directory / entry.name))
+        self._starts = np.cumsum([0, *(len(shard["label"]) for shard in self._shards)])
+        self.labels = np.concatenate([shard["label"] for shard in self._shards])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, indices: Sequence[int]) -> LatentBatch:
+        """The posteriors of some samples, as float32, in the order asked for."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        owners = np.searchsorted(self._starts, wanted, side="right") - 1
+        shape = (len(wanted), *self.manifest.latent_shape)
+        mean, std = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        for owner in np.unique(owners):
+            rows = np.flatnonzero(owners == owner)
+            local = wanted[rows] - self._starts[owner]
+            mean[rows] = self._shards[owner]["mean"][local]
+            std[rows] = self._shards[owner]["std"][local]
+        labels = torch.from_numpy(self.labels[wanted])
+        return LatentBatch(torch.from_numpy(mean), torch.from_numpy(std), labels)
+
+    def texts(self, name: str) -> list[str]:
+        """A text column (`key` or `caption`) whole."""
+        return [text for shard in self._shards for text in _unragged(shard, name)]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any sample carries a class."""
+        return bool((self.labels != NO_LABEL).any())
+
+
+def _ragged(name: str, texts: Sequence[str]) -> dict[str, Tensor]:
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    offsets = np.cumsum([0, *(len(text) for text in encoded)])
+    data = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()
+    return {f"{name}.bytes": torch.from_numpy(data), f"{name}.offsets": torch.from_numpy(offsets)}
+
+
+def _unragged(shard: dict[str, np.ndarray], name: str) -> list[str]:
+    data, offsets = shard[f"{name}.bytes"].tobytes(), shard[f"{name}.offsets"]
+    pairs = zip(offsets[:-1], offsets[1:], strict=True)
+    return [data[start:stop].decode("utf-8", "surrogatepass") for start, stop in pairs]
+
+
+def _memory_map(path: Path) -> dict[str, np.ndarray]:
+    header = read_header(path)
+    validated(ShardFacts, header.facts, str(path))
+    arrays = {}
+    for name, entry in header.tensors.items():
+        dtype = NUMPY_DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise DataError(f"{path}: tensor {name} has the number format {entry.dtype}")
+        if entry.start == entry.stop:  # an empty map is no map
+            arrays[name] = np.empty(entry.shape, dtype)
+            continue
+        start = header.payload_start + entry.start
+        arrays[name] = np.memmap(path, dtype, mode="r", offset=start, shape=entry.shape)
+    return arrays

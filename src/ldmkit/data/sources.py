@@ -1,0 +1,216 @@
+"""Where pictures come from: folders and webdataset tars, both read at random.
+
+A source is scanned once into a list of items; each item knows where its bytes lie, so that a tar is
+as random access as a folder and any order of reading can be resumed.
+"""
+
+import json
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from braceexpand import braceexpand
+from webdataset.tariterators import base_plus_ext
+
+from ldmkit.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"))
+SIDECAR_SUFFIXES = frozenset(("txt", "json", "jsonl", "csv", "parquet", "cls", "md"))
+NO_LABEL = -1
+
+
+class Item(NamedTuple):
+    """One picture: its name, where its bytes lie, and what is known about it."""
+
+    key: str
+    file: Path
+    offset: int
+    """Where its bytes start in the file."""
+    size: int
+    """How many bytes; -1 means the rest of the file."""
+    label: int
+    """Class index, or -1."""
+    caption: str
+
+    def read(self) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            DataError: the file cannot be read or has become shorter.
+        """
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise DataError(f"cannot read {self.file}: {error.strerror}") from error
+        if self.size >= 0 and len(data) != self.size:
+            raise DataError(f"{self.file} is cut off at {self.key}; copy it again")
+        return data
+
+
+class Source(NamedTuple):
+    """A scanned collection of pictures, in a fixed order."""
+
+    items: list[Item]
+    class_names: tuple[str, ...]
+    ignored: list[str]
+    """Files that are neither pictures nor known to go along with pictures."""
+
+
+def open_source(path: Path) -> Source:
+    """Scan a folder of pictures, a folder of tars, one tar, or a brace pattern of tars.
+
+    Raises:
+        DataError: nothing is there, it holds no pictures, or a tar is damaged.
+    """
+    source = _scan(path)
+    if not source.items:
+        raise DataError(f"no pictures found in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    return source
+
+
+def _scan(path: Path) -> Source:
+    if "{" in str(path):
+        return scan_tars([Path(name) for name in braceexpand(str(path))])
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        return scan_tars(tars) if tars else scan_folder(path)
+    if not path.exists():
+        raise DataError(f"there is no {path}; give a folder of pictures or webdataset tars")
+    return scan_tars([path])
+
+
+def scan_folder(root: Path) -> Source:
+    """Pictures below `root`; subfolders that hold all of them are the classes.
+
+    A `.txt` beside a picture is its caption. Hidden files are passed over.
+    """
+    files = sorted(
+        file
+        for file in root.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    )
+    pictures = [file for file in files if _suffix(file) in IMAGE_SUFFIXES]
+    ignored = [
+        str(file.relative_to(root))
+        for file in files
+        if _suffix(file) not in IMAGE_SUFFIXES | SIDECAR_SUFFIXES
+    ]
+    in_classes = all(len(file.relative_to(root).parts) > 1 for file in pictures)
+    names = sorted({file.relative_to(root).parts[0] for file in pictures}) if in_classes else []
+    numbers = {name: number for number, name in enumerate(names)}
+    items = []
+    for file in pictures:
+        relative = file.relative_to(root)
+        label = numbers.get(relative.parts[0], NO_LABEL) if in_classes else NO_LABEL
+        caption_file = file.with_suffix(".txt")
+        caption = _text(caption_file.read_bytes(), caption_file) if caption_file.is_file() else ""
+        items.append(Item(relative.as_posix(), file, 0, -1, label, caption))
+    return Source(items, tuple(names), ignored)
+
+
+def scan_tars(tars: Iterable[Path]) -> Source:
+    """Samples of webdataset tars, in order: KEY.png with KEY.json, KEY.cls, KEY.txt beside it.
+
+    Class names come from a `classes.json` (a list) beside the tars, else from the largest label.
+    """
+    items: list[Item] = []
+    folder = Path()
+    for tar in tars:
+        items += _tar_items(tar)
+        folder = tar.parent
+    seen: set[str] = set()
+    for item in items:
+        if item.key in seen:
+            raise DataError(f"{item.file}: the key {item.key} comes twice; keys must be unique")
+        seen.add(item.key)
+    largest = max((item.label for item in items), default=NO_LABEL)
+    names = _class_names(folder / "classes.json", largest)
+    return Source(items, names, [])
+
+
+def _tar_items(tar: Path) -> list[Item]:
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                key, extension = base_plus_ext(member.name)
+                if member.isfile() and key:
+                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+            _require_end_mark(file, archive, tar)
+            return [
+                item
+                for key, members in samples.items()
+                if (item := _tar_item(tar, key, members, _reader(file)))
+            ]
+    except OSError as error:
+        raise DataError(f"cannot read {tar}: {error.strerror}") from error
+    except tarfile.TarError as error:
+        raise DataError(f"{tar} is not a whole tar file ({error}); copy it again") from error
+
+
+def _require_end_mark(file, archive: tarfile.TarFile, tar: Path) -> None:  # noqa: ANN001
+    """A tar ends with 1024 zero bytes; without them a truncated one can pass for a shorter one."""
+    file.seek(archive.offset)
+    if file.read(1024) != bytes(1024):
+        raise DataError(f"{tar} lacks its end mark, so it is cut off; copy it again")
+
+
+def _reader(file) -> Callable[[tuple[int, int]], bytes]:  # noqa: ANN001
+    def read(place: tuple[int, int]) -> bytes:
+        file.seek(place[0])
+        return file.read(place[1])
+
+    return read
+
+
+def _tar_item(
+    tar: Path,
+    key: str,
+    members: dict[str, tuple[int, int]],
+    read: Callable[[tuple[int, int]], bytes],
+) -> Item | None:
+    picture = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), None)
+    if picture is None:
+        return None
+    where = tar / key
+    label, caption = NO_LABEL, ""
+    if "json" in members:
+        try:
+            facts = json.loads(_text(read(members["json"]), where))
+            label, caption = int(facts.get("label", NO_LABEL)), str(facts.get("caption", ""))
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{where}.json is not a JSON object with a whole-number label") from error
+    if "cls" in members:
+        text = _text(read(members["cls"]), where)
+        if not text.isdigit():
+            raise DataError(f"{where}.cls holds {text[:20]!r}; a class index is needed")
+        label = int(text)
+    if "txt" in members:
+        caption = _text(read(members["txt"]), where)
+    return Item(key, tar, *picture, label, caption)
+
+
+def _class_names(file: Path, largest: int) -> tuple[str, ...]:
+    if not file.is_file():
+        return tuple(str(number) for number in range(largest + 1))
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error})") from error
+    if not isinstance(names, list) or len(names) <= largest:
+        raise DataError(f"{file} must be a list of at least {largest + 1} class names")
+    return tuple(str(name) for name in names)
+
+
+def _text(data: bytes, where: Path) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the text of {where} is not UTF-8") from error
+
+
+def _suffix(file: Path) -> str:
+    return file.suffix.lower().removeprefix(".")

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, parameterizations, guidance, losses, samplers. No networks, no files."""

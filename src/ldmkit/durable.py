@@ -1,0 +1,91 @@
+"""Files and directories that are whole or absent, even when the machine stops in between.
+
+The order is always: write under a temporary name, flush to disk, rename, flush the directory.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ldmkit.errors import StorageError
+
+TEMPORARY_MARK = ".tmp-"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it becomes `path`.
+
+    The new file gets the permissions the user's umask asks for. If the block raises, `path` is
+    left as it was and the temporary file is removed.
+
+    Raises:
+        StorageError: the file cannot be written, for example because the disk is full.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # safetensors leaves 0600 whatever the umask says
+        flush_to_disk(temporary)
+        temporary.replace(path)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; when the block ends well it becomes `path`.
+
+    Raises:
+        StorageError: something in it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        flush_to_disk(temporary)
+        temporary.replace(path)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one piece (UTF-8)."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sweep_temporaries(directory: Path) -> None:
+    """Remove what an earlier, killed process left unfinished in `directory`."""
+    for leftover in directory.glob(f"*{TEMPORARY_MARK}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Ask the operating system to have `path` (a file or a directory) on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,47 @@
+"""What can go wrong, and the exit code each kind of trouble ends a command with.
+
+Every error carries one sentence for the user: what, where, and what to do about it. The command
+line prints that sentence and leaves with `exit_code`; the traceback shows only under `--debug`.
+"""
+
+
+class LdmkitError(Exception):
+    """An error that a user can act on; its text is the whole message."""
+
+    exit_code = 1
+
+
+class UsageError(LdmkitError):
+    """A command or a configuration that cannot be carried out as typed."""
+
+    exit_code = 2
+
+
+class DataError(LdmkitError):
+    """Input that cannot be used, or two files that do not belong together."""
+
+    exit_code = 3
+
+
+class StorageError(LdmkitError):
+    """No space, or reading or writing failed."""
+
+    exit_code = 4
+
+
+class NonFiniteError(LdmkitError):
+    """Training met a loss or gradient that is not a finite number."""
+
+    exit_code = 5
+
+
+class OutOfMemoryError(LdmkitError):
+    """The machine or the device ran out of memory."""
+
+    exit_code = 6
+
+
+class InterruptedRun(LdmkitError):  # noqa: N818 - not a failure: the run is saved and goes on later
+    """A run that was asked to stop, saved its state, and continues when started again."""
+
+    exit_code = 75

@@ -1,0 +1,118 @@
+"""What files say of themselves beside their config: typed, and strict about unknown keys."""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, ValidationError
+
+from ldmkit.configs import Config, PreprocessingConfig
+from ldmkit.errors import DataError
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+Facts = dict[str, Any]
+Statistics = tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+
+
+class AutoencoderFacts(Config):
+    """Facts of an autoencoder file."""
+
+    fingerprint: str
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    image_channels: int
+    factor: int
+    latent_channels: int
+    preprocessing: PreprocessingConfig
+    trained: Facts
+    """Data, pictures, steps, and the quality on held-back pictures where there were any."""
+    versions: dict[str, str]
+
+
+class Whitening(Config):
+    """Per-channel statistics of raw latents over a whole set; diffusion works on (z - mean) / std."""
+
+    mean: Statistics
+    std: Statistics
+
+
+class DiffusionFacts(Config):
+    """Facts of a diffusion model file."""
+
+    fingerprint: str
+    autoencoder: str
+    """Fingerprint of the autoencoder whose latents it makes."""
+    latent_shape: tuple[int, int, int]
+    """z, height, width of the latents it was trained on."""
+    whitening: Whitening
+    class_names: tuple[str, ...]
+    trained: Facts
+    versions: dict[str, str]
+
+
+class SampleFacts(Config):
+    """Facts of one block of samples."""
+
+    fingerprint: str
+    autoencoder: str
+    """Fingerprint of the autoencoder that decodes them."""
+    diffusion: str
+    """Fingerprint of the model they were drawn from."""
+    class_names: tuple[str, ...]
+    total: int
+    """How many samples the whole stream has."""
+    first: int
+    """Number of this block's first sample in the stream."""
+    versions: dict[str, str]
+
+
+class ShardFacts(Config):
+    """Facts of one shard of a latent set."""
+
+    fingerprint: str
+    recipe: Facts
+    """What decides the bytes: autoencoder, preprocessing, dtype, source items. See `latents`."""
+    start: int
+    stop: int
+    """Range of source items it covers."""
+    skipped: tuple[tuple[str, str], ...]
+    """Key and reason of each item in the range that is left out."""
+    moments: tuple[float, Statistics, Statistics]
+    """Values per channel, and their sum and sum of squares (of means, plus posterior variance)."""
+
+
+class ShardEntry(Config):
+    """One shard as the manifest knows it."""
+
+    name: str
+    start: int
+    stop: int
+    count: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(Config):
+    """The page that commits a latent set; written last."""
+
+    format: str
+    recipe: Facts
+    count: int
+    latent_shape: tuple[int, int, int]
+    columns: tuple[str, ...]
+    class_names: tuple[str, ...]
+    whitening: Whitening
+    shards: tuple[ShardEntry, ...]
+    skipped: tuple[tuple[str, str], ...]
+    versions: dict[str, str]
+
+
+def validated(model: type[AnyConfig], value: Any, source: str) -> AnyConfig:  # noqa: ANN401
+    """Validate a config or facts read from a file.
+
+    Raises:
+        DataError: a fact is missing, unknown or of the wrong type; the message names it.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{source}: {where}: {first['msg']}") from error

@@ -1,0 +1,1 @@
+"""Networks: the blocks both stages share, and the time-conditional U-Net."""

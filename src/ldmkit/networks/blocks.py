@@ -1,0 +1,118 @@
+"""Blocks that the autoencoder and the U-Net share.
+
+Both networks of the paper are made of residual blocks with group normalisation and SiLU, attention
+over the pixels of a feature map, and resampling by two. They differ in the details given as
+arguments here (Rombach et al. 2022, App. E; the code published with it).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+FeatureMap = Float[Tensor, "batch channels height width"]
+Embedding = Float[Tensor, "batch width"]
+Tokens = Float[Tensor, "batch count width"]
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """Group normalisation with 32 groups, or the largest number below that divides `channels`."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+
+
+def zeroed(module: nn.Conv2d) -> nn.Conv2d:
+    """The same convolution with all its parameters at zero: a residual branch that starts silent."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv; (+ embedding); norm, SiLU, dropout, conv; + input.
+
+    Args:
+        channels: input channels.
+        out_channels: output channels; the skip gets a 1x1 convolution where they differ.
+        embedding: width of the time embedding, or 0 for none (the autoencoder).
+        dropout: probability.
+        eps: of the norms: 1e-6 in the autoencoder, 1e-5 in the U-Net.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, *, embedding: int = 0, dropout: float = 0.0, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels, eps)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.embed = nn.Linear(embedding, out_channels) if embedding else None
+        self.norm2 = group_norm(out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if embedding:  # the U-Net's blocks start as the identity, the autoencoder's do not
+            zeroed(self.conv2)
+        same = channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: FeatureMap, embedding: Embedding | None = None) -> FeatureMap:
+        """Map `[b, channels, h, w]` to `[b, out_channels, h, w]`."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.embed is not None:
+            h = h + self.embed(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.skip(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over the pixels of a feature map, with a residual connection.
+
+    Args:
+        channels: of the map, in and out.
+        heads: attention heads; must divide `channels`.
+        eps: of the norm.
+        zero_init: start as the identity (the U-Net's do, the autoencoder's do not).
+    """
+
+    def __init__(self, channels: int, *, heads: int = 1, eps: float, zero_init: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels, eps)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        out = nn.Conv2d(channels, channels, 1)
+        self.out = zeroed(out) if zero_init else out
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Every pixel attends to every pixel; the shape stays."""
+        pattern = "b (three heads width) y x -> three b heads (y x) width"
+        q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        size = {"y": x.shape[2], "x": x.shape[3]}
+        return x + self.out(rearrange(attended, "b heads (y x) width -> b (heads width) y x", **size))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Map `[b, c, h, w]` to `[b, c, 2h, 2w]`."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def timestep_embedding(timesteps: Float[Tensor, " batch"], width: int) -> Embedding:
+    """Sinusoids of the time step, cosines first (Vaswani et al. 2017; order as in the LDM code).
+
+    Args:
+        timesteps: time in steps of the discrete schedule; need not be whole numbers.
+        width: even number of features.
+    """
+    exponents = torch.arange(width // 2, device=timesteps.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(10_000.0) * exponents / (width // 2))
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)

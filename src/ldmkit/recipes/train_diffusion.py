@@ -1,0 +1,175 @@
+"""`ldmkit train-diffusion`: latents in, a diffusion model file out."""
+
+from pathlib import Path
+
+import torch
+
+from ldmkit.assembly import build_diffusion, load_autoencoder, require_same_autoencoder, save_diffusion
+from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.conditioning.condition import dropped, stacked
+from ldmkit.configs import DiffusionConfig, TrainDiffusionConfig
+from ldmkit.data.latents import LatentSet
+from ldmkit.data.order import generator_for, indices_of_step, is_held_back, seed_for
+from ldmkit.data.pixels import to_pixels
+from ldmkit.diffusion.denoiser import guided
+from ldmkit.diffusion.objective import denoising_loss
+from ldmkit.diffusion.samplers import sample_ddim
+from ldmkit.errors import DataError, InterruptedRun
+from ldmkit.facts import DiffusionFacts, Manifest
+from ldmkit.latent_diffusion import LatentDiffusion
+from ldmkit.modelfile import versions
+from ldmkit.terminal import say, track
+from ldmkit.training.checkpoint import TrainingState
+from ldmkit.training.interruption import Interruption
+from ldmkit.training.optimization import averaged_copy, set_learning_rate, update_average
+from ldmkit.training.run import due, finished, open_run
+from ldmkit.training.runlog import RunLog
+from ldmkit.training.runtime import autocast_for, noise_from, pick_device
+
+WEIGHTS, NOISE, GLOBAL, PREVIEW = 2, 3, 4, 5  # places in the seed tree
+PREVIEWS = 8  # pictures in a row of the preview sheet; as many rows as it takes for all classes
+MAX_PREVIEWS = 64
+
+
+def train_diffusion(config: TrainDiffusionConfig) -> Path:
+    """Train the paper's diffusion model; the same call again resumes, or returns when it is done.
+
+    Returns:
+        The path of the model file (averaged weights), OUT/diffusion.safetensors.
+
+    Raises:
+        DataError: the latent set is unfinished or damaged, or not of the autoencoder given.
+        UsageError: OUT holds a run with other settings.
+        InterruptedRun: a signal asked to stop; the state is saved.
+    """
+    result = config.out / "diffusion.safetensors"
+    if finished(config, result):
+        return result
+    device = pick_device(config.device)
+    latents = LatentSet(config.latents)
+    manifest = latents.manifest
+    training = [i for i, key in enumerate(latents.texts("key")) if not is_held_back(key, config.holdout)]
+    model_config = diffusion_config(config, latents)
+    told = f"{model_config.classes} classes" if model_config.classes else "no condition"
+    say(f"{len(training)} latents of {manifest.latent_shape} from {config.latents}, {told}")
+    autoencoder = None
+    if config.ae is not None:
+        require_same_autoencoder(manifest.recipe["autoencoder"], config.ae, str(config.latents))
+        autoencoder = load_autoencoder(config.ae, device)
+    open_run(config)
+
+    torch.manual_seed(seed_for(config.seed, WEIGHTS))
+    model = build_diffusion(model_config)
+    model.set_whitening(manifest.whitening)
+    model.to(device)
+    average = averaged_copy(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
+    )
+    state = TrainingState(config.out, {"model": model, "average": average}, {"model": optimizer})
+    start = state.load_latest(device)
+    log = RunLog(config.out, start, tensorboard=config.tensorboard)
+    autocast = autocast_for(device, config.precision)
+
+    with Interruption() as stop, track("train-diffusion", config.steps, done=start, unit="step") as bar:
+        for step in range(start, config.steps + 1):
+            saving = stop.requested or due(step, config.save_every, config.steps)
+            if saving or due(step, config.log_every, config.steps):
+                log.write_means(step, config.batch_size)
+            if autoencoder and due(step, config.sample_every, config.steps) and step > start:
+                pixels = preview(average, autoencoder, manifest, config)
+                log.picture(step, "samples", pixels, PREVIEWS)
+            if saving:
+                log.flush()
+                state.save(step)
+            if step == config.steps:
+                break
+            if stop.requested:
+                raise InterruptedRun(f"stopped and saved before step {step}; run again to go on")
+
+            torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
+            generator = generator_for(config.seed, NOISE, step)
+            noise = noise_from(generator)
+            places = indices_of_step(
+                step, count=len(training), batch_size=config.batch_size, seed=config.seed
+            )
+            batch = latents.read([training[index] for index, _ in places])
+            raw = batch.mean + batch.std * noise(batch.mean)
+            clean = model.whiten(raw.to(device))
+            sigma = model.schedule.draw(len(clean), generator).to(device)
+            drop = torch.rand(len(clean), generator=generator) < config.condition_dropout
+            with autocast():
+                condition = dropped(model.condition(batch.label), model.null(len(clean)), drop)
+                loss = denoising_loss(
+                    model.denoise, model.parameterization, clean, sigma, noise, condition
+                ).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            set_learning_rate(optimizer, config.lr, step, config.warmup)
+            optimizer.step()
+            update_average(average, model, step, config.ema_decay)
+            log.add({"loss": loss})
+            bar.advance(note=f"loss {float(loss.detach()):.4f}")
+
+    facts = DiffusionFacts(
+        fingerprint="",
+        autoencoder=manifest.recipe["autoencoder"],
+        latent_shape=manifest.latent_shape,
+        whitening=manifest.whitening,
+        class_names=manifest.class_names if model_config.classes else (),
+        trained={
+            "latents": len(training),
+            "steps": config.steps,
+            "seen": config.steps * config.batch_size,
+            "ema_decay": config.ema_decay,
+            "condition_dropout": config.condition_dropout,
+        },
+        versions=versions(),
+    )
+    save_diffusion(result, average, facts)
+    return result
+
+
+def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> DiffusionConfig:
+    """The model's config for this data: latent channels, and how many classes it is told of.
+
+    Raises:
+        DataError: a class condition is asked for and the latents have no labels, or the latents are
+            too small for the network's levels.
+    """
+    manifest = latents.manifest
+    if config.condition == "class" and not latents.has_labels:
+        raise DataError(f"--condition class: {config.latents} has no labels")
+    told = config.condition == "class" or (config.condition == "auto" and latents.has_labels)
+    shrink = 2 ** (len(config.unet.multipliers) - 1)
+    if any(side % shrink for side in manifest.latent_shape[1:]):
+        raise DataError(
+            f"latents of {manifest.latent_shape[1:]} cannot be halved {len(config.unet.multipliers) - 1} "
+            "times: take fewer --unet.multipliers, or another picture size"
+        )
+    return DiffusionConfig(
+        unet=config.unet,
+        schedule=config.schedule,
+        latent_channels=manifest.latent_shape[0],
+        classes=len(manifest.class_names) if told else 0,
+    )
+
+
+@torch.no_grad()
+def preview(
+    model: LatentDiffusion, autoencoder: Autoencoder, manifest: Manifest, config: TrainDiffusionConfig
+) -> torch.Tensor:
+    """8-bit pixels of samples from fixed seeds, one row a class (or one row without classes)."""
+    device = model.latent_mean.device
+    rows = min(max(model.config.classes, 1), MAX_PREVIEWS // PREVIEWS)
+    count = rows * PREVIEWS
+    labels = torch.arange(count) // PREVIEWS
+    noise = noise_from(generator_for(config.seed, PREVIEW))
+    sigmas = model.schedule.steps(config.preview_steps)
+    start = torch.empty(count, *manifest.latent_shape, device=device)
+    x = model.schedule.initial(noise(start), float(sigmas[0]))
+    condition = stacked(model.condition(labels), model.null(count))
+    denoise = guided(model.denoise, config.preview_guidance)
+    clean = sample_ddim(lambda x, sigma: denoise(x, sigma, condition), x, sigmas, noise=noise)
+    raw = model.unwhiten(clean)
+    return to_pixels(torch.cat([autoencoder.decode(part) for part in raw.split(PREVIEWS)]))

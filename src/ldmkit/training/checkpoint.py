@@ -1,0 +1,129 @@
+"""The state of a training run on disk, so that a run continues to the same bytes.
+
+`RUN/checkpoints/step-000012000/state.safetensors` holds weights, averages and optimizer moments of
+the moment before step 12000, by name. Randomness and the order of data need no state: they are
+functions of (seed, step). A checkpoint is renamed into place when it is whole, and carries the
+fingerprint of its tensors.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ldmkit.durable import atomic_directory, sweep_temporaries
+from ldmkit.errors import DataError, NonFiniteError
+from ldmkit.modelfile import load, require_tensors, save
+from ldmkit.terminal import say
+
+KEEP = 2
+
+
+class TrainingState:
+    """Saves and restores named modules and optimizers.
+
+    Args:
+        run: the run directory.
+        modules: everything with weights or buffers.
+        optimizers: over parameters of those modules; their settings are the config's business.
+    """
+
+    def __init__(
+        self, run: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+    ) -> None:
+        self.directory = run / "checkpoints"
+        self.modules, self.optimizers = modules, optimizers
+        self.saved_step: int | None = None
+
+    def save(self, step: int) -> None:
+        """Commit the state before `step`, then drop all but the newest checkpoints.
+
+        Raises:
+            NonFiniteError: a weight or moment is not a finite number; nothing is saved or dropped.
+            StorageError: it cannot be written; the former checkpoints stay.
+        """
+        if step == self.saved_step:
+            return
+        target = self.directory / f"step-{step:09d}"
+        tensors = self._tensors()
+        _require_finite(tensors, step)
+        if not target.exists():  # two states of one step are the same state
+            with atomic_directory(target) as temporary:
+                save(
+                    temporary / "state.safetensors",
+                    tensors,
+                    kind="checkpoint",
+                    config={},
+                    facts={"step": step},
+                )
+        self.saved_step = step
+        for old in saved_checkpoints(self.directory)[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_latest(self, device: torch.device) -> int:
+        """Restore the newest whole checkpoint; returns the step to go on with, 0 for a new run.
+
+        Raises:
+            DataError: there are checkpoints, but none can be read: never start over silently.
+        """
+        sweep_temporaries(self.directory)
+        found = saved_checkpoints(self.directory)
+        for path in reversed(found):
+            try:
+                header, tensors = load(path / "state.safetensors", kind="checkpoint")
+            except DataError as error:
+                say(f"skipping a checkpoint: {error}")
+                continue
+            self._restore({name: tensor.to(device) for name, tensor in tensors.items()}, str(path))
+            self.saved_step = int(header.facts["step"])
+            return self.saved_step
+        if found:
+            raise DataError(f"none of the {len(found)} checkpoints in {self.directory} can be read")
+        return 0
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in moments.items()}
+        return tensors
+
+    def _restore(self, tensors: dict[str, Tensor], source: str) -> None:
+        moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+        expected = {
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        require_tensors(expected, tensors, source)
+        for name, module in self.modules.items():
+            module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+        for name, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in moments.items():
+                _, owner, index, moment = key.split(".")
+                if owner == name:
+                    state.setdefault(int(index), {})[moment] = value
+            groups: Any = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NonFiniteError(
+                f"{name} is not finite before step {step}; the last checkpoint is from before: "
+                "lower --lr, or look at the data, and run again"
+            )
+
+
+def saved_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, oldest first."""
+    return sorted(p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{9}", p.name))

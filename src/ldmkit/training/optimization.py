@@ -1,0 +1,33 @@
+"""Learning rate and averaged weights."""
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float, step: int, warmup: int) -> None:
+    """Set the rate for this step: a linear rise over `warmup` steps, then constant."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * min(1.0, (step + 1) / max(warmup, 1))
+
+
+def averaged_copy(module: Module) -> Module:
+    """A frozen copy of a module, to hold the average of its weights."""
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, module: nn.Module, step: int, decay: float) -> None:
+    """Move the average towards the weights after the update of `step` (counted from 0).
+
+    The decay is warmed up: min(decay, (1 + n) / (10 + n)), n updates so far.
+    """
+    warmed = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1.0 - warmed)
+    for kept, current in zip(average.buffers(), module.buffers(), strict=True):
+        kept.copy_(current)

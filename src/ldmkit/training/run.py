@@ -1,0 +1,57 @@
+"""The run directory: one config, kept; the same command again goes on with it."""
+
+from pathlib import Path
+
+from ldmkit.configfile import first_difference, read_toml, to_toml
+from ldmkit.configs import TrainingConfig
+from ldmkit.container import read_header
+from ldmkit.durable import sweep_temporaries, write_text
+from ldmkit.errors import UsageError
+from ldmkit.terminal import say
+
+CONFIG_FILE = "config.toml"
+
+
+def open_run(config: TrainingConfig) -> None:
+    """Make the run directory and keep the config in it, or check that it is the same run.
+
+    Raises:
+        UsageError: the directory holds a run with other settings; the message names the first.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(config.out)
+    require_same_run(config)
+    write_text(config.out / CONFIG_FILE, to_toml(config))
+
+
+def require_same_run(config: TrainingConfig) -> None:
+    """Raise UsageError, naming the first setting that differs, if OUT holds another run."""
+    file = config.out / CONFIG_FILE
+    if file.exists():
+        difference = first_difference(config, read_toml(file), ignore=config.FREE_TO_CHANGE)
+        if difference:
+            name, ours, theirs = difference
+            raise UsageError(
+                f"{config.out} holds a run with {name} = {theirs}, not {ours}: "
+                "give the same settings to resume it, or another --out"
+            )
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return step == last or (step > 0 and step % every == 0)
+
+
+def finished(config: TrainingConfig, result: Path) -> bool:
+    """Whether this very run has already been carried through to its last step.
+
+    Raises:
+        UsageError: the directory holds another run.
+    """
+    if not result.exists():
+        return False
+    require_same_run(config)
+    steps = read_header(result).facts["trained"]["steps"]
+    if steps == config.steps:
+        say(f"{result} is complete ({steps} steps)")
+    return steps == config.steps

@@ -1,0 +1,106 @@
+"""What a run leaves for its owner to read: numbers as JSON lines, preview pictures, TensorBoard."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ldmkit.data.pixels import Pixels, grid, save_png
+from ldmkit.durable import atomic_file, write_text
+from ldmkit.errors import NonFiniteError, UsageError
+
+
+class RunLog:
+    """Averages scalars between log lines and appends them to `RUN/metrics.jsonl`.
+
+    Lines that a resumed run will write again are cut off first, so that each step stands there once.
+
+    Args:
+        run: the run directory.
+        start: the step that the run begins or goes on with.
+        tensorboard: mirror the numbers as TensorBoard events in `RUN/tensorboard`.
+    """
+
+    def __init__(self, run: Path, start: int, *, tensorboard: bool) -> None:
+        self.run = run
+        self.file = run / "metrics.jsonl"
+        self._cut(start)
+        self._sums: dict[str, Tensor] = {}
+        self._count, self._since, self._first = 0, time.monotonic(), start
+        self._events = _tensorboard_writer(run / "tensorboard", start) if tensorboard else None
+
+    def add(self, scalars: Mapping[str, Tensor]) -> None:
+        """Add one step's scalars; they stay on their device until a line is due."""
+        for name, value in scalars.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def write_means(self, step: int, batch_size: int) -> dict[str, float]:
+        """Write the averages since the last line, and the rate; returns them.
+
+        Raises:
+            NonFiniteError: one of them is not a finite number.
+        """
+        if not self._count:
+            return {}
+        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"{name} became {value} between steps {step - self._count} and {step}; the last "
+                    "checkpoint is from before: lower --lr, or look at the data there, and run again"
+                )
+        now = time.monotonic()
+        rate = self._count * batch_size / max(now - self._since, 1e-9)
+        self._sums, self._count, self._since = {}, 0, now
+        self.write(step, means | {"images_per_second": rate})
+        return means
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append one line."""
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            if self._events is not None:
+                self._events.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: Pixels, columns: int) -> Path:
+        """Write pictures as one sheet to `RUN/samples/NAME-STEP.png`."""
+        path = self.run / "samples" / f"{name}-{step:09d}.png"
+        sheet = grid(pixels, columns)
+        with atomic_file(path) as temporary:
+            save_png(temporary, sheet)
+        if self._events is not None:
+            self._events.add_image(name, sheet, step)
+        return path
+
+    def flush(self) -> None:
+        """Have all lines on disk (called beside each checkpoint)."""
+        if self.file.exists():
+            with self.file.open("a") as file:
+                os.fsync(file.fileno())
+
+    def _cut(self, start: int) -> None:
+        if not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue  # a line that a killed process left half written
+        write_text(self.file, "".join(kept))
+
+
+def _tensorboard_writer(directory: Path, start: int):  # noqa: ANN202 - the class is an extra's
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("--tensorboard needs an extra: pip install 'ldmkit[tensorboard]'") from error
+    return SummaryWriter(str(directory), purge_step=start)

@@ -1,0 +1,41 @@
+"""Where and how precisely to compute."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ldmkit.errors import UsageError
+from ldmkit.tensors import Noise
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UsageError: the named device is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in present.items() if there)
+    if not present[name]:
+        raise UsageError(f"--device {name}: this machine (or this build of torch) has none")
+    return torch.device(name)
+
+
+def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
+    """What to open around a forward pass: bfloat16 autocast, or nothing for fp32."""
+    if precision == "bf16":
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext
+
+
+def noise_from(generator: torch.Generator) -> Noise:
+    """Standard normal noise like a tensor, drawn on the CPU so that every device gets the same."""
+
+    def noise(like: Tensor) -> Tensor:
+        drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+        return drawn.to(like.device, like.dtype)
+
+    return noise
