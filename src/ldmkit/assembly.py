@@ -6,8 +6,14 @@ from typing import Any
 import torch
 
 from ldmkit.autoencoder.autoencoder import Autoencoder
-from ldmkit.configs import AutoencoderConfig, DiffusionConfig, PreprocessingConfig
+from ldmkit.configs import (
+    AutoencoderConfig,
+    DiffusionConfig,
+    PreprocessingConfig,
+    TrainDiffusionConfig,
+)
 from ldmkit.container import read_header
+from ldmkit.data.latents import LatentSet
 from ldmkit.errors import DataError
 from ldmkit.facts import AutoencoderFacts, DiffusionFacts, validated
 from ldmkit.latent_diffusion import LatentDiffusion
@@ -57,6 +63,31 @@ def load_autoencoder(path: Path | str, device: torch.device | str = "cpu") -> Au
 def autoencoder_facts(path: Path) -> AutoencoderFacts:
     """What an autoencoder file says of itself, from its header alone."""
     return validated(AutoencoderFacts, read_header(path).facts, str(path))
+
+
+def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> DiffusionConfig:
+    """The model's config for this data: latent channels, and how many classes it is told of.
+
+    Raises:
+        DataError: a class condition is asked for and the latents have no labels, or the latents are
+            too small for the network's levels.
+    """
+    manifest = latents.manifest
+    if config.condition == "class" and not latents.has_labels:
+        raise DataError(f"--condition class: {config.latents} has no labels")
+    told = config.condition == "class" or (config.condition == "auto" and latents.has_labels)
+    shrink = 2 ** (len(config.unet.multipliers) - 1)
+    if any(side % shrink for side in manifest.latent_shape[1:]):
+        raise DataError(
+            f"latents of {manifest.latent_shape[1:]} cannot be halved {len(config.unet.multipliers) - 1} "
+            "times: take fewer --unet.multipliers, or another picture size"
+        )
+    return DiffusionConfig(
+        unet=config.unet,
+        schedule=config.schedule,
+        latent_channels=manifest.latent_shape[0],
+        classes=len(manifest.class_names) if told else 0,
+    )
 
 
 def build_diffusion(config: DiffusionConfig) -> LatentDiffusion:

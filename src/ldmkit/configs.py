@@ -54,7 +54,9 @@ class AutoencoderConfig(Config):
     multipliers: tuple[Positive, ...] = field(
         (1, 2, 4, 4), "Channel multiplier of each level; n levels shrink pictures by 2^(n-1)"
     )
-    residual_blocks: Positive = field(2, "Residual blocks for each level (the decoder has one more)")
+    residual_blocks: Positive = field(
+        2, "Residual blocks for each level (the decoder has one more)"
+    )
     attention_factors: tuple[Positive, ...] = field(
         (), "Down-sampling factors whose levels have attention"
     )
@@ -82,7 +84,9 @@ class AutoencoderLossConfig(Config):
     disc_start: Count = field(50_001, "Generator step from which the discriminator counts")
     disc_weight: Weight = field(0.5, "Weight of the adversarial loss; 0 trains without one")
     disc_channels: Positive = field(64, "Channels of the discriminator's first layer")
-    disc_layers: Positive = field(3, "Strided layers of the patch discriminator (3: 70 pixel patches)")
+    disc_layers: Positive = field(
+        3, "Strided layers of the patch discriminator (3: 70 pixel patches)"
+    )
 
 
 class TrainingConfig(Config):
@@ -92,11 +96,14 @@ class TrainingConfig(Config):
     steps: Positive = field(100_000, "Optimizer steps of the whole run")
     batch_size: Positive = field(16, "Samples for each step")
     seed: int = field(0, "Fixes weights, order and noise")
-    holdout: Fraction = field(0.0, "Share of the data kept out of training, chosen by hash of the key")
+    holdout: Fraction = field(
+        0.0, "Share of the data kept out of training, chosen by hash of the key"
+    )
     workers: Count = field(0, "Processes that read pictures; 0 = in the training process")
     device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
-    precision: Literal["fp32", "bf16"] = field(
-        "fp32", "bf16 computes in bfloat16 where that is safe; weights stay float32"
+    precision: Literal["auto", "fp32", "bf16"] = field(
+        "auto",
+        "bf16 computes in bfloat16 (weights stay float32); auto = where the hardware is fast at it",
     )
     log_every: Positive = field(50, "Steps between lines in metrics.jsonl")
     sample_every: Positive = field(1_000, "Steps between preview pictures in samples/")
@@ -114,7 +121,9 @@ class TrainAEConfig(TrainingConfig):
     """Train an autoencoder on pictures; writes OUT/autoencoder.safetensors."""
 
     data: Path = argument("Folder of pictures (class subfolders allowed), or webdataset tar(s)")
-    out: Path = field(Path("runs/ae"), "Run directory: config, log, previews, checkpoints, model file")
+    out: Path = field(
+        Path("runs/ae"), "Run directory: config, log, previews, checkpoints, model file"
+    )
     lr: Annotated[float, Field(gt=0)] = field(4.5e-6 * 16, "Learning rate of both Adam optimizers")
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -180,7 +189,9 @@ class TrainDiffusionConfig(TrainingConfig):
     """Train a diffusion model on a set of latents; writes OUT/diffusion.safetensors."""
 
     latents: Path = argument("Latent set that `ldmkit encode` made")
-    out: Path = field(Path("runs/ldm"), "Run directory: config, log, previews, checkpoints, model file")
+    out: Path = field(
+        Path("runs/ldm"), "Run directory: config, log, previews, checkpoints, model file"
+    )
     ae: Path | None = field(None, "Autoencoder file, for preview pictures during training")
     lr: Annotated[float, Field(gt=0)] = field(1e-4, "Learning rate of AdamW")
     warmup: Count = field(0, "Steps over which the learning rate rises from 0")
@@ -239,4 +250,6 @@ class DecodeConfig(Config):
 class InspectConfig(Config):
     """Say what a file, directory or stream of ldmkit is, and whether its digests hold."""
 
-    path: Path = argument("Model or sample file, latent set, run directory; - reads standard input", STREAM)
+    path: Path = argument(
+        "Model or sample file, latent set, run directory; - reads standard input", STREAM
+    )

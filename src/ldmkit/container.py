@@ -16,6 +16,7 @@ This module needs no torch, so `ldmkit inspect` starts at once.
 
 import hashlib
 import json
+import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,17 +25,35 @@ from typing import Any, BinaryIO, NamedTuple
 from ldmkit.errors import DataError
 
 METADATA_KEY = "ldmkit"
-FORMAT_VERSIONS = {"autoencoder": 1, "diffusion": 1, "latents": 1, "manifest": 1, "samples": 1, "checkpoint": 1}
+FORMAT_VERSIONS = {
+    "autoencoder": 1,
+    "diffusion": 1,
+    "latents": 1,
+    "manifest": 1,
+    "samples": 1,
+    "checkpoint": 1,
+}
 """The newest version of each kind of file that this version of ldmkit reads and writes."""
 
 MAX_HEADER_BYTES = 10_000_000
 MAX_TENSORS = 100_000
 MAX_MESSAGE_BYTES = 4 << 30
 DTYPE_BYTES = {
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
-    **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2},
-    **{"U32": 4, "I32": 4, "F32": 4},
-    **{"U64": 8, "I64": 8, "F64": 8},
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
 }
 
 
@@ -127,6 +146,17 @@ def verify(header: Header, payload: memoryview, source: str) -> None:
         )
 
 
+def verify_file(header: Header, path: Path) -> None:
+    """`verify` for a file, read through a memory map."""
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as whole,
+        whole[header.payload_start :] as payload,
+    ):
+        verify(header, payload, str(path))
+
+
 class FingerprintBuilder:
     """sha256 over tensors, which must be added in sorted order of their names."""
 
@@ -136,7 +166,8 @@ class FingerprintBuilder:
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: memoryview) -> None:
         """Add one tensor: name, safetensors dtype code, shape, raw little-endian bytes."""
         self._digest.update(json.dumps([name, dtype, list(shape)]).encode())
-        self._digest.update(data)
+        with data:
+            self._digest.update(data)
 
     def hexdigest(self) -> str:
         """The digest of all that was added (64 hex digits)."""

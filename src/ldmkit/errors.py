@@ -41,7 +41,7 @@ class OutOfMemoryError(LdmkitError):
     exit_code = 6
 
 
-class InterruptedRun(LdmkitError):  # noqa: N818 - not a failure: the run is saved and goes on later
+class InterruptedRun(LdmkitError):
     """A run that was asked to stop, saved its state, and continues when started again."""
 
     exit_code = 75

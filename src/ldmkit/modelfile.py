@@ -9,13 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-import ldmkit
 from ldmkit.container import (
     FingerprintBuilder,
     Header,
@@ -23,9 +21,11 @@ from ldmkit.container import (
     read_header,
     read_messages,
     verify,
+    verify_file,
 )
 from ldmkit.durable import atomic_file
 from ldmkit.errors import DataError
+from ldmkit.version import __version__
 
 DTYPE_CODES = {
     torch.bool: "BOOL",
@@ -44,7 +44,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = FingerprintBuilder()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
         digest.add(name, DTYPE_CODES[tensor.dtype], tuple(tensor.shape), data)
     return digest.hexdigest()
 
@@ -83,8 +83,7 @@ def load(path: Path, *, kind: str) -> tuple[Header, dict[str, Tensor]]:
     """
     header = read_header(path)
     require_kind(header, kind, str(path))
-    data = np.memmap(path, np.uint8, mode="r", offset=header.payload_start) if header.payload_bytes else b""
-    verify(header, memoryview(data), str(path))
+    verify_file(header, path)
     return header, safetensors.torch.load_file(path)
 
 
@@ -140,7 +139,7 @@ def require_tensors(
 def versions() -> dict[str, str]:
     """The versions that matter for repeating a result."""
     return {
-        "ldmkit": ldmkit.__version__,
+        "ldmkit": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

@@ -106,14 +106,16 @@ class _Heartbeat:
 class _RichBar:
     def __init__(self, progress: Progress, started: float, done: int, unit: str) -> None:
         self.progress, self.started, self.first, self.done = progress, started, done, done
-        self.unit = unit
+        self.unit, self.note = unit, ""
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
         rate = (self.done - self.first) / max(time.monotonic() - self.started, 1e-9)
         task = self.progress.task_ids[0]
-        fields = {"rate": f"{rate:.1f} {self.unit}/s"} | ({"note": note} if note else {})
-        self.progress.update(task, completed=self.done, **fields)
+        self.note = note or self.note
+        self.progress.update(
+            task, completed=self.done, rate=f"{rate:.1f} {self.unit}/s", note=self.note
+        )
 
 
 @contextmanager

@@ -32,7 +32,9 @@ class Middle(nn.Sequential):
 
     def __init__(self, channels: int, config: AutoencoderConfig) -> None:
         attention = [_attention(channels)] if config.middle_attention else []
-        super().__init__(_block(channels, channels, config), *attention, _block(channels, channels, config))
+        super().__init__(
+            _block(channels, channels, config), *attention, _block(channels, channels, config)
+        )
 
 
 class Encoder(nn.Module):

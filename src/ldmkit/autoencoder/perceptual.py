@@ -43,7 +43,8 @@ class PerceptualDistance(nn.Module):
     def __init__(self, name: str, features: nn.Module, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.name = name
-        self.features = features.to(memory_format=torch.channels_last)  # 1.2 to 2 times as fast
+        self.features = features
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # 1.2 x as fast
         self.weights = nn.ParameterList(weights)
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
@@ -107,11 +108,15 @@ def build_perceptual(config: AutoencoderLossConfig) -> PerceptualDistance | None
 def box_distance(weights_file: Path | None = None) -> PerceptualDistance:
     """The VGG16 in the box; `weights_file` does not apply to it."""
     if weights_file is not None:
-        raise DataError("--loss.perceptual-weights goes with lpips-vgg, lpips-alex or lpips-squeeze")
+        raise DataError(
+            "--loss.perceptual-weights goes with lpips-vgg, lpips-alex or lpips-squeeze"
+        )
     with resources.as_file(BOX_WEIGHTS) as path:
         stored = safetensors.torch.load_file(path)
     features = BoxFeatures()
-    features.layers.load_state_dict({k.removeprefix("features."): v.float() for k, v in stored.items()})
+    features.layers.load_state_dict(
+        {k.removeprefix("features."): v.float() for k, v in stored.items()}
+    )
     return PerceptualDistance("vgg16", features, [torch.tensor(w) for w in BOX_LAYERS.values()])
 
 
@@ -123,7 +128,9 @@ def _lpips(net: str, torchvision_weights: str) -> Callable[[Path | None], Percep
         with warnings.catch_warnings():  # lpips still calls torchvision the way of 2021
             warnings.simplefilter("ignore")
             model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        state = _read_backbone(weights_file) if weights_file else _cached_backbone(torchvision_weights)
+        state = (
+            _read_backbone(weights_file) if weights_file else _cached_backbone(torchvision_weights)
+        )
         wanted = {name: "features." + name.split(".", 1)[1] for name in model.net.state_dict()}
         missing = sorted(set(wanted.values()) - state.keys())
         if missing:
@@ -132,7 +139,11 @@ def _lpips(net: str, torchvision_weights: str) -> Callable[[Path | None], Percep
                 f"network for lpips-{net}"
             )
         model.net.load_state_dict({name: state[stored] for name, stored in wanted.items()})
-        heads = [head.model[-1].weight.detach().clone() for head in model.lins]
+        heads = [
+            head.weight.detach().clone()
+            for head in model.lins.modules()
+            if isinstance(head, nn.Conv2d)
+        ]
         return PerceptualDistance(f"lpips-{net}", model.net, heads)
 
     return build

@@ -13,7 +13,6 @@ from torch import Tensor
 from ldmkit.tensors import Mask
 
 
-
 class Condition(NamedTuple):
     """A batch of conditions; None where a way is not used."""
 

@@ -53,7 +53,9 @@ def split(items: list[Item], share: float) -> Split:
 
 def read_picture(item: Item, channels: int) -> Picture:
     """Read and decode one item to `[channels, h, w]` in [-1, 1]."""
-    return decode_picture(item.read(), str(item.file if item.size < 0 else item.file / item.key), channels)
+    return decode_picture(
+        item.read(), str(item.file if item.size < 0 else item.file / item.key), channels
+    )
 
 
 def read_images(items: list[Item], config: PreprocessingConfig) -> Images:
@@ -71,7 +73,9 @@ class _StepBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.start
         while True:
-            yield indices_of_step(step, count=self.count, batch_size=self.batch_size, seed=self.seed)
+            yield indices_of_step(
+                step, count=self.count, batch_size=self.batch_size, seed=self.seed
+            )
             step += 1
 
 

@@ -13,6 +13,7 @@ unfinished and is refused.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,13 @@ from ldmkit.tensors import Labels, Latents
 
 MANIFEST = "manifest.json"
 COLUMNS = ("mean", "std", "key", "label", "caption")
-NUMPY_DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+NUMPY_DTYPES = {
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "U8": np.dtype("u1"),
+}
 
 
 class LatentBatch(NamedTuple):
@@ -65,7 +72,9 @@ def shard_tensors(mean: Latents, std: Latents, items: Sequence[Item]) -> dict[st
     finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         first = items[int(finite.int().argmin())].key
-        raise DataError(f"the latents of {first} are not finite as {mean.dtype}; try --dtype float32")
+        raise DataError(
+            f"the latents of {first} are not finite as {mean.dtype}; try --dtype float32"
+        )
     return {
         "mean": mean,
         "std": std,
@@ -130,7 +139,11 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     if not path.exists():
-        hint = "it is unfinished: run `ldmkit encode` again" if directory.is_dir() else "no such directory"
+        hint = (
+            "it is unfinished: run `ldmkit encode` again"
+            if directory.is_dir()
+            else "no such directory"
+        )
         raise DataError(f"{directory} is no latent set ({hint})")
     try:
         value: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +161,9 @@ def verify_shard(directory: Path, entry: ShardEntry) -> None:
     if not path.is_file():
         raise DataError(f"{path} is missing; run `ldmkit encode` again")
     if path.stat().st_size != entry.bytes or file_digest(path) != entry.sha256:
-        raise DataError(f"{path} is damaged (sha256 differs from the manifest); run `ldmkit encode` again")
+        raise DataError(
+            f"{path} is damaged (sha256 differs from the manifest); run `ldmkit encode` again"
+        )
 
 
 class LatentSet:
@@ -206,7 +221,7 @@ def _ragged(name: str, texts: Sequence[str]) -> dict[str, Tensor]:
 
 def _unragged(shard: dict[str, np.ndarray], name: str) -> list[str]:
     data, offsets = shard[f"{name}.bytes"].tobytes(), shard[f"{name}.offsets"]
-    pairs = zip(offsets[:-1], offsets[1:], strict=True)
+    pairs = itertools.pairwise(offsets)
     return [data[start:stop].decode("utf-8", "surrogatepass") for start, stop in pairs]
 
 

@@ -64,7 +64,8 @@ def decode_picture(data: bytes, name: str, channels: int) -> Picture:
 
 def _to_array(image: Image.Image, name: str) -> np.ndarray:
     """uint8 `[h, w]` or `[h, w, 3]`, or uint16 `[h, w]`."""
-    if image.tile and "16" in str(image.tile[0][3]) and image.mode not in SIXTEEN_BIT:
+    tiles = getattr(image, "tile", [])  # how Pillow reads it: the last item is the raw mode
+    if tiles and "16" in str(tiles[0][3]) and image.mode not in SIXTEEN_BIT:
         raise DataError(f"{name} has 16 bits for each colour channel, which is not read")
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT:
@@ -110,7 +111,9 @@ def grid(pixels: Pixels, columns: int, *, gap: int = 2) -> UInt8[Tensor, "channe
     count, channels, height, width = pixels.shape
     rows = -(-count // columns)
     sheet = torch.full(
-        (channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 255, dtype=torch.uint8
+        (channels, rows * (height + gap) + gap, columns * (width + gap) + gap),
+        255,
+        dtype=torch.uint8,
     )
     for number, picture in enumerate(pixels):
         top = gap + (number // columns) * (height + gap)

@@ -7,7 +7,9 @@ from ldmkit.configs import PreprocessingConfig
 from ldmkit.data.pixels import Picture
 
 
-def preprocess(picture: Picture, config: PreprocessingConfig, draw: torch.Generator | None) -> Picture:
+def preprocess(
+    picture: Picture, config: PreprocessingConfig, draw: torch.Generator | None
+) -> Picture:
     """Bring a picture to `[c, size, size]`: shorter side to the size, cut the longer one.
 
     Args:
@@ -37,5 +39,7 @@ def _resize_shorter_side(picture: Picture, size: int, filter_name: str) -> Pictu
     if filter_name == "area":
         resized = F.interpolate(batch, target, mode="area")
     else:
-        resized = F.interpolate(batch, target, mode=filter_name, antialias=True, align_corners=False)
+        resized = F.interpolate(
+            batch, target, mode=filter_name, antialias=True, align_corners=False
+        )
     return resized[0].clamp(-1.0, 1.0)  # bicubic overshoots at edges

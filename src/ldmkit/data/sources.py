@@ -15,7 +15,9 @@ from webdataset.tariterators import base_plus_ext
 
 from ldmkit.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"))
+IMAGE_SUFFIXES = frozenset(
+    ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+)
 SIDECAR_SUFFIXES = frozenset(("txt", "json", "jsonl", "csv", "parquet", "cls", "md"))
 NO_LABEL = -1
 
@@ -67,7 +69,9 @@ def open_source(path: Path) -> Source:
     """
     source = _scan(path)
     if not source.items:
-        raise DataError(f"no pictures found in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(
+            f"no pictures found in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
     return source
 
 
@@ -137,8 +141,11 @@ def _tar_items(tar: Path) -> list[Item]:
         with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 key, extension = base_plus_ext(member.name)
-                if member.isfile() and key:
-                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+                if member.isfile() and key and extension:
+                    samples.setdefault(key, {})[extension.lower()] = (
+                        member.offset_data,
+                        member.size,
+                    )
             _require_end_mark(file, archive, tar)
             return [
                 item
@@ -182,7 +189,9 @@ def _tar_item(
             facts = json.loads(_text(read(members["json"]), where))
             label, caption = int(facts.get("label", NO_LABEL)), str(facts.get("caption", ""))
         except (ValueError, AttributeError) as error:
-            raise DataError(f"{where}.json is not a JSON object with a whole-number label") from error
+            raise DataError(
+                f"{where}.json is not a JSON object with a whole-number label"
+            ) from error
     if "cls" in members:
         text = _text(read(members["cls"]), where)
         if not text.isdigit():

@@ -1,5 +1,6 @@
 """Samplers: pure functions from noise to latents. No state, no hidden random numbers."""
 
+import itertools
 from collections.abc import Callable
 
 from jaxtyping import Float
@@ -35,7 +36,7 @@ def sample_ddim(
         on_step: called after each step with its number and the clean latents expected.
     """
     levels = sigmas.tolist()
-    for step, (level, following) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for step, (level, following) in enumerate(itertools.pairwise(levels)):
         clean = denoise(x, x.new_full((len(x),), level))
         up = eta * following / level * (level**2 - following**2) ** 0.5
         kept = (following**2 - up**2) ** 0.5

@@ -41,7 +41,9 @@ class DiscreteSchedule:
             ValueError: `count` is not within 1 .. T.
         """
         if not 1 <= count <= self.timesteps:
-            raise ValueError(f"{count} sampling steps asked for; this model takes 1 to {self.timesteps}")
+            raise ValueError(
+                f"{count} sampling steps asked for; this model takes 1 to {self.timesteps}"
+            )
         back = torch.arange(count, dtype=torch.float64) * (self.timesteps / count)
         chosen = (self.timesteps - back).round().long() - 1
         return torch.cat([self.sigmas[chosen], torch.zeros(1, dtype=torch.float64)]).float()
@@ -56,6 +58,8 @@ class DiscreteSchedule:
         whole = time.round()
         return torch.where((time - whole).abs() < SNAP, whole, time)
 
-    def initial(self, noise: Float[Tensor, "batch *rest"], sigma: float) -> Float[Tensor, "batch *rest"]:
+    def initial(
+        self, noise: Float[Tensor, "batch *rest"], sigma: float
+    ) -> Float[Tensor, "batch *rest"]:
         """Where sampling starts: unit noise of the paper's process, in this module's scale."""
         return noise * (1.0 + sigma**2) ** 0.5

@@ -43,7 +43,13 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, out_channels: int, *, embedding: int = 0, dropout: float = 0.0, eps: float
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        embedding: int = 0,
+        dropout: float = 0.0,
+        eps: float,
     ) -> None:
         super().__init__()
         self.norm1 = group_norm(channels, eps)
@@ -60,7 +66,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: FeatureMap, embedding: Embedding | None = None) -> FeatureMap:
         """Map `[b, channels, h, w]` to `[b, out_channels, h, w]`."""
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.embed is not None:
+        if self.embed is not None and embedding is not None:
             h = h + self.embed(F.silu(embedding))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.skip(x) + h
@@ -90,7 +96,9 @@ class SpatialAttention(nn.Module):
         q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         size = {"y": x.shape[2], "x": x.shape[3]}
-        return x + self.out(rearrange(attended, "b heads (y x) width -> b (heads width) y x", **size))
+        return x + self.out(
+            rearrange(attended, "b heads (y x) width -> b (heads width) y x", **size)
+        )
 
 
 class Upsample(nn.Module):

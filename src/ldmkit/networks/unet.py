@@ -124,13 +124,40 @@ class Stage(nn.Module):
         return x if self.attention is None else self.attention(x)
 
 
-class Level(nn.Module):
-    """The stages of one resolution, and the resampling behind them (none at the last level)."""
+class DownLevel(nn.Module):
+    """The stages of one resolution on the way down, then halving (but for the last level)."""
 
-    def __init__(self, stages: list[Stage], resample: nn.Module | None) -> None:
+    def __init__(self, stages: list[Stage], halve: nn.Module | None) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
-        self.resample = resample
+        self.halve = halve
+
+    def forward(
+        self, x: FeatureMap, embedding: Embedding, tokens: Tokens | None
+    ) -> list[FeatureMap]:
+        """Every map made here, in order; the last one goes on, all are used on the way up."""
+        maps = []
+        for stage in self.stages:
+            x = stage(x, embedding, tokens)
+            maps.append(x)
+        return maps if self.halve is None else [*maps, self.halve(x)]
+
+
+class UpLevel(nn.Module):
+    """The stages of one resolution on the way up, then doubling (but for the last level)."""
+
+    def __init__(self, stages: list[Stage], double: nn.Module | None) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.double = double
+
+    def forward(
+        self, x: FeatureMap, skips: list[FeatureMap], embedding: Embedding, tokens: Tokens | None
+    ) -> FeatureMap:
+        """Each stage takes the newest of the maps from the way down off the list."""
+        for stage in self.stages:
+            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
+        return x if self.double is None else self.double(x)
 
 
 class UNet(nn.Module):
@@ -166,9 +193,8 @@ class UNet(nn.Module):
                 channels = width
                 stored.append(channels)
             last = level == len(widths) - 1
-            self.down.append(
-                Level(stages, None if last else nn.Conv2d(width, width, 3, stride=2, padding=1))
-            )
+            halve = None if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.down.append(DownLevel(stages, halve))
             if not last:
                 stored.append(channels)
 
@@ -181,7 +207,7 @@ class UNet(nn.Module):
             for _ in range(config.residual_blocks + 1):
                 stages.append(self._stage(channels + stored.pop(), width, level))
                 channels = width
-            self.up.append(Level(stages, Upsample(width) if level else None))
+            self.up.append(UpLevel(stages, Upsample(width) if level else None))
 
         self.norm_out = group_norm(channels, EPS)
         self.conv_out = zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
@@ -209,23 +235,12 @@ class UNet(nn.Module):
         if channels is not None:
             x = torch.cat([x, channels], dim=1)
 
-        x = self.conv_in(x)
-        stored = [x]
+        skips = [self.conv_in(x)]
         for level in self.down:
-            for stage in level.stages:
-                x = stage(x, embedding, tokens)
-                stored.append(x)
-            if level.resample is not None:
-                x = level.resample(x)
-                stored.append(x)
-
-        x = self.middle_out(self.middle_in(x, embedding, tokens), embedding)
-
+            skips += level(skips[-1], embedding, tokens)
+        x = self.middle_out(self.middle_in(skips[-1], embedding, tokens), embedding)
         for level in self.up:
-            for stage in level.stages:
-                x = stage(torch.cat([x, stored.pop()], dim=1), embedding, tokens)
-            if level.resample is not None:
-                x = level.resample(x)
+            x = level(x, skips, embedding, tokens)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def _stage(self, channels: int, width: int, level: int) -> Stage:

@@ -13,6 +13,7 @@ from ldmkit.container import file_digest, read_header
 from ldmkit.data.images import read_images
 from ldmkit.data.latents import (
     MANIFEST,
+    STORED_DTYPES,
     build_manifest,
     items_digest,
     moments_of,
@@ -29,8 +30,6 @@ from ldmkit.facts import AutoencoderFacts, Facts, Manifest, ShardEntry, ShardFac
 from ldmkit.modelfile import load, save, write_message
 from ldmkit.terminal import Track, say, track
 from ldmkit.training.runtime import pick_device
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class Shard(NamedTuple):
@@ -90,13 +89,19 @@ def encode(config: EncodeConfig, stream: BinaryIO | None = None) -> Path | None:
             written.append((_entry(path, shard_facts, streaming), shard_facts))
             skipped = [pair for _, done in written for pair in done.skipped]
             if len(skipped) > allowed:
-                raise DataError(f"{skipped[-1][1]} (to leave out unreadable pictures: --max-bad 0.01)")
+                raise DataError(
+                    f"{skipped[-1][1]} (to leave out unreadable pictures: --max-bad 0.01)"
+                )
 
     size = preprocessing.size // facts.factor
-    manifest = build_manifest(recipe, source.class_names, (facts.latent_channels, size, size), written)
+    manifest = build_manifest(
+        recipe, source.class_names, (facts.latent_channels, size, size), written
+    )
     _report(manifest)
     if streaming and stream is not None:
-        write_message(stream, {}, kind="manifest", config={}, facts=manifest.model_dump(mode="json"))
+        write_message(
+            stream, {}, kind="manifest", config={}, facts=manifest.model_dump(mode="json")
+        )
         return None
     write_manifest(config.out, manifest)
     return config.out
@@ -110,7 +115,9 @@ def encoding_preprocessing(config: EncodeConfig, facts: AutoencoderFacts) -> Pre
     """
     size = config.size or facts.preprocessing.size
     if size % facts.factor:
-        raise DataError(f"--size {size} is not a multiple of the autoencoder's factor {facts.factor}")
+        raise DataError(
+            f"--size {size} is not a multiple of the autoencoder's factor {facts.factor}"
+        )
     return facts.preprocessing.model_copy(update={"size": size, "crop": "center", "flip": False})
 
 
@@ -178,15 +185,17 @@ def _encode_shard(
                 images.append(picture)
         if images:
             posterior = model.encode(torch.stack(images).to(device))
-            means.append(posterior.mean.cpu().to(DTYPES[config.dtype]))
-            stds.append(posterior.std.cpu().to(DTYPES[config.dtype]))
+            means.append(posterior.mean.cpu().to(STORED_DTYPES[config.dtype]))
+            stds.append(posterior.std.cpu().to(STORED_DTYPES[config.dtype]))
             kept += readable
         progress.advance(len(batch))
     if means:
         mean, std = torch.cat(means), torch.cat(stds)
     else:
         size = preprocessing.size // model.config.factor
-        mean = std = torch.empty(0, model.config.latent_channels, size, size, dtype=DTYPES[config.dtype])
+        mean = std = torch.empty(
+            0, model.config.latent_channels, size, size, dtype=STORED_DTYPES[config.dtype]
+        )
     facts = ShardFacts(
         fingerprint="",
         recipe=recipe,
@@ -219,7 +228,9 @@ def _entry(path: Path, facts: ShardFacts, streaming: bool) -> ShardEntry:
 def _report(manifest: Manifest) -> None:
     means = ", ".join(f"{value:.3f}" for value in manifest.whitening.mean)
     stds = ", ".join(f"{value:.3f}" for value in manifest.whitening.std)
-    say(f"{manifest.count} latents of {manifest.latent_shape}; per channel mean {means}; std {stds}")
+    say(
+        f"{manifest.count} latents of {manifest.latent_shape}; per channel mean {means}; std {stds}"
+    )
     for key, reason in manifest.skipped[:10]:
         say(f"left out {key}: {reason}")
     if len(manifest.skipped) > 10:

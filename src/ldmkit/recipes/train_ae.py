@@ -75,7 +75,10 @@ def train_ae(config: TrainAEConfig) -> Path:
         workers=config.workers,
     )
 
-    with Interruption() as stop, track("train-ae", config.steps, done=start, unit="step") as progress:
+    with (
+        Interruption() as stop,
+        track("train-ae", config.steps, done=start, unit="step") as progress,
+    ):
         for step in range(start, config.steps + 1):
             saving = stop.requested or due(step, config.save_every, config.steps)
             if saving or due(step, config.log_every, config.steps):
@@ -122,7 +125,11 @@ def train_ae(config: TrainAEConfig) -> Path:
                 disc_optimizer.zero_grad(set_to_none=True)
                 disc_loss.backward()
                 disc_optimizer.step()
-                scalars |= {"disc_loss": disc_loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+                scalars |= {
+                    "disc_loss": disc_loss,
+                    "logits_real": real.mean(),
+                    "logits_fake": fake.mean(),
+                }
 
             log.add(scalars)
             progress.advance(note=f"l1 {float(terms.pixel.detach()):.4f}")
@@ -131,7 +138,11 @@ def train_ae(config: TrainAEConfig) -> Path:
     if quality:
         log.write(config.steps, quality)
         say("held back: " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items()))
-    trained = {"pictures": len(training), "steps": config.steps, "seen": config.steps * config.batch_size}
+    trained = {
+        "pictures": len(training),
+        "steps": config.steps,
+        "seen": config.steps * config.batch_size,
+    }
     save_autoencoder(result, model, config.preprocessing, trained | quality)
     return result
 

@@ -4,17 +4,23 @@ from pathlib import Path
 
 import torch
 
-from ldmkit.assembly import build_diffusion, load_autoencoder, require_same_autoencoder, save_diffusion
+from ldmkit.assembly import (
+    build_diffusion,
+    diffusion_config,
+    load_autoencoder,
+    require_same_autoencoder,
+    save_diffusion,
+)
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.conditioning.condition import dropped, stacked
-from ldmkit.configs import DiffusionConfig, TrainDiffusionConfig
+from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latents import LatentSet
 from ldmkit.data.order import generator_for, indices_of_step, is_held_back, seed_for
 from ldmkit.data.pixels import to_pixels
 from ldmkit.diffusion.denoiser import guided
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.samplers import sample_ddim
-from ldmkit.errors import DataError, InterruptedRun
+from ldmkit.errors import InterruptedRun
 from ldmkit.facts import DiffusionFacts, Manifest
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
@@ -48,7 +54,9 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
     device = pick_device(config.device)
     latents = LatentSet(config.latents)
     manifest = latents.manifest
-    training = [i for i, key in enumerate(latents.texts("key")) if not is_held_back(key, config.holdout)]
+    training = [
+        i for i, key in enumerate(latents.texts("key")) if not is_held_back(key, config.holdout)
+    ]
     model_config = diffusion_config(config, latents)
     told = f"{model_config.classes} classes" if model_config.classes else "no condition"
     say(f"{len(training)} latents of {manifest.latent_shape} from {config.latents}, {told}")
@@ -71,7 +79,10 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
     log = RunLog(config.out, start, tensorboard=config.tensorboard)
     autocast = autocast_for(device, config.precision)
 
-    with Interruption() as stop, track("train-diffusion", config.steps, done=start, unit="step") as bar:
+    with (
+        Interruption() as stop,
+        track("train-diffusion", config.steps, done=start, unit="step") as bar,
+    ):
         for step in range(start, config.steps + 1):
             saving = stop.requested or due(step, config.save_every, config.steps)
             if saving or due(step, config.log_every, config.steps):
@@ -130,34 +141,12 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
     return result
 
 
-def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> DiffusionConfig:
-    """The model's config for this data: latent channels, and how many classes it is told of.
-
-    Raises:
-        DataError: a class condition is asked for and the latents have no labels, or the latents are
-            too small for the network's levels.
-    """
-    manifest = latents.manifest
-    if config.condition == "class" and not latents.has_labels:
-        raise DataError(f"--condition class: {config.latents} has no labels")
-    told = config.condition == "class" or (config.condition == "auto" and latents.has_labels)
-    shrink = 2 ** (len(config.unet.multipliers) - 1)
-    if any(side % shrink for side in manifest.latent_shape[1:]):
-        raise DataError(
-            f"latents of {manifest.latent_shape[1:]} cannot be halved {len(config.unet.multipliers) - 1} "
-            "times: take fewer --unet.multipliers, or another picture size"
-        )
-    return DiffusionConfig(
-        unet=config.unet,
-        schedule=config.schedule,
-        latent_channels=manifest.latent_shape[0],
-        classes=len(manifest.class_names) if told else 0,
-    )
-
-
 @torch.no_grad()
 def preview(
-    model: LatentDiffusion, autoencoder: Autoencoder, manifest: Manifest, config: TrainDiffusionConfig
+    model: LatentDiffusion,
+    autoencoder: Autoencoder,
+    manifest: Manifest,
+    config: TrainDiffusionConfig,
 ) -> torch.Tensor:
     """8-bit pixels of samples from fixed seeds, one row a class (or one row without classes)."""
     device = model.latent_mean.device

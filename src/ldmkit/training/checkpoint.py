@@ -92,11 +92,15 @@ class TrainingState:
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             for index, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in moments.items()}
+                tensors |= {
+                    f"optimizer.{name}.{index}.{key}": value for key, value in moments.items()
+                }
         return tensors
 
     def _restore(self, tensors: dict[str, Tensor], source: str) -> None:
-        moments = {name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")}
+        moments = {
+            name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")
+        }
         expected = {
             f"{name}.{key}": value
             for name, module in self.modules.items()

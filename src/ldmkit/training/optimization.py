@@ -28,6 +28,7 @@ def update_average(average: nn.Module, module: nn.Module, step: int, decay: floa
     The decay is warmed up: min(decay, (1 + n) / (10 + n)), n updates so far.
     """
     warmed = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1.0 - warmed)
+    for kept, current in zip(average.parameters(), module.parameters(), strict=True):
+        kept.lerp_(current, 1.0 - warmed)
     for kept, current in zip(average.buffers(), module.buffers(), strict=True):
         kept.copy_(current)

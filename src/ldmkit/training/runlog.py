@@ -102,5 +102,7 @@ def _tensorboard_writer(directory: Path, start: int):  # noqa: ANN202 - the clas
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UsageError("--tensorboard needs an extra: pip install 'ldmkit[tensorboard]'") from error
+        raise UsageError(
+            "--tensorboard needs an extra: pip install 'ldmkit[tensorboard]'"
+        ) from error
     return SummaryWriter(str(directory), purge_step=start)

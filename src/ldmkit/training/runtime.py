@@ -16,7 +16,11 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UsageError: the named device is not there.
     """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(device for device, there in present.items() if there)
     if not present[name]:
@@ -24,11 +28,25 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
-    """What to open around a forward pass: bfloat16 autocast, or nothing for fp32."""
-    if precision == "bf16":
+def autocast_for(
+    device: torch.device, precision: str
+) -> Callable[[], AbstractContextManager[object]]:
+    """What to open around a forward pass: bfloat16 autocast, or nothing for fp32.
+
+    `auto` takes bfloat16 where the hardware multiplies it faster than float32.
+    """
+    if precision == "bf16" or (precision == "auto" and _fast_bfloat16(device)):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # torch has no public name for this question
+        ask = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return bool(ask())
+    return False
 
 
 def noise_from(generator: torch.Generator) -> Noise:

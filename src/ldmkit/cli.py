@@ -1,0 +1,211 @@
+"""The command line: a table of commands, and what surrounds each of them.
+
+Standard output is for data alone: the path of what was made, or its bytes. While a command runs,
+file descriptor 1 points at standard error, so that no library can write a stray line into a pipe.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import typer
+
+import ldmkit
+from ldmkit import configs, terminal
+from ldmkit.configfile import to_toml
+from ldmkit.errors import (
+    DataError,
+    InterruptedRun,
+    LdmkitError,
+    OutOfMemoryError,
+    StorageError,
+    UsageError,
+)
+from ldmkit.options import command_function
+
+BROKEN_PIPE, CTRL_C = 141, 130
+COMMANDS: dict[str, type[configs.Config]] = {
+    "train-ae": configs.TrainAEConfig,
+    "encode": configs.EncodeConfig,
+    "train-diffusion": configs.TrainDiffusionConfig,
+    "sample": configs.SampleConfig,
+    "decode": configs.DecodeConfig,
+    "inspect": configs.InspectConfig,
+}
+"""Command -> its config; the function of the same name in `ldmkit` does the work."""
+SWITCHES: dict[str, Any] = {
+    "quiet": typer.Option("--quiet", "-q", help="Say nothing but errors"),
+    "debug": typer.Option("--debug", help="Show the traceback of an error"),
+}
+DRY_RUN: dict[str, Any] = {
+    "dry_run": typer.Option("--dry-run", help="Print the resolved config and estimates, and stop")
+}
+EXTRA_SWITCHES: dict[str, dict[str, Any]] = {
+    "train-ae": DRY_RUN,
+    "encode": DRY_RUN,
+    "train-diffusion": DRY_RUN,
+    "inspect": {"as_json": typer.Option("--json", help="Print one JSON document")},
+}
+
+app = typer.Typer(
+    name="ldmkit",
+    help="Train latent diffusion models on your own pictures: files in between, one command each.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(ldmkit.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the version and exit",
+    ),
+) -> None:
+    del version  # its callback did the work
+
+
+def run_command(
+    name: str,
+    resolve: Callable[[], configs.Config],
+    *,
+    quiet: bool,
+    debug: bool,
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Run a command with errors turned into sentences and exit codes.
+
+    Args:
+        name: of the command.
+        resolve: makes the config.
+        quiet: no talk on standard error.
+        debug: tracebacks too.
+        dry_run: print the resolved config (standard output) and estimates (standard error) only.
+        as_json: print the report as JSON.
+    """
+    terminal.be_quiet(quiet)
+    output = _take_stdout()
+    code = 0
+    try:
+        config = resolve()
+        if dry_run:
+            from ldmkit.recipes.plan import plan
+
+            terminal.say(plan(config))
+            output.write(to_toml(config).encode())
+        else:
+            output.write(_call(name, config, output, as_json).encode())
+        output.flush()
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        code = _explain(error)
+    finally:
+        _close(output)
+    raise typer.Exit(code)
+
+
+def _call(name: str, config: Any, output: BinaryIO, as_json: bool) -> str:  # noqa: ANN401
+    """Do the work; returns the text for standard output ("" where bytes went there)."""
+    work = getattr(ldmkit, name.replace("-", "_"))
+    if name == "inspect":
+        from ldmkit.recipes.inspect import as_text
+
+        report = work(config, _stdin_for(config.path))
+        return (json.dumps(report, ensure_ascii=False) if as_json else as_text(report)) + "\n"
+    if name == "decode":
+        return f"{work(config, _stdin_for(config.samples))}\n"
+    if name in ("encode", "sample"):
+        path = work(config, _stdout_for(config.out, output, name))
+        return f"{path}\n" if path is not None else ""
+    return f"{work(config)}\n"
+
+
+def _stdout_for(out: Path, output: BinaryIO, name: str) -> BinaryIO | None:
+    if out != configs.STREAM:
+        return None
+    if output.isatty():
+        raise UsageError(
+            f"{name} would write binary data to the terminal: pipe it on, or give --out"
+        )
+    return output
+
+
+def _stdin_for(source: Path) -> BinaryIO | None:
+    if source != configs.STREAM:
+        return None
+    if sys.stdin.isatty():
+        raise UsageError(
+            "nothing is piped in: name a file, or pipe `ldmkit sample` or `encode` into this"
+        )
+    return sys.stdin.buffer
+
+
+def _take_stdout() -> BinaryIO:
+    """The real standard output as bytes; from here on everything else that prints goes to stderr."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(real, "wb")
+
+
+def _close(output: BinaryIO) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the exit code tells it already
+        output.close()
+
+
+def _explain(error: BaseException) -> int:
+    """Say what happened in one sentence and choose the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE
+    if isinstance(error, KeyboardInterrupt):
+        return CTRL_C
+    known = _as_known(error)
+    if known is None:
+        traceback.print_exception(error)
+        return LdmkitError.exit_code
+    word = "" if isinstance(known, InterruptedRun) else "error: "
+    terminal.complain(word + " ".join(str(known).split()))
+    return known.exit_code
+
+
+def _as_known(error: BaseException) -> LdmkitError | None:
+    text = str(error)
+    if isinstance(error, LdmkitError):
+        return error
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+    ):
+        return OutOfMemoryError("out of memory: lower --batch-size, the picture size or the widths")
+    if isinstance(error, PermissionError | IsADirectoryError | FileNotFoundError):
+        return DataError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return StorageError(f"{error.filename or 'writing'}: {error.strerror}")
+    return None
+
+
+for _name, _config in COMMANDS.items():
+    _switches = SWITCHES | EXTRA_SWITCHES.get(_name, {})
+
+    def _body(resolve: Callable[[], configs.Config], _name: str = _name, **switches: bool) -> None:
+        run_command(_name, resolve, **switches)
+
+    app.command(_name, help=_config.__doc__)(command_function(_name, _config, _body, _switches))

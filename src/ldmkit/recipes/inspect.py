@@ -1,0 +1,116 @@
+"""`ldmkit inspect`: what is this file, directory or stream, and is it whole?"""
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ldmkit.configs import STREAM, InspectConfig
+from ldmkit.container import Header, file_digest, read_header, read_messages, verify, verify_file
+from ldmkit.errors import DataError
+
+SCHEMA_VERSION = 1
+
+
+def inspect(config: InspectConfig, stream: BinaryIO | None = None) -> dict[str, Any]:
+    """A JSON-able report: kind, config, facts, tensors, whether the digests hold.
+
+    Raises:
+        DataError: it is nothing of ldmkit's, or it is damaged.
+    """
+    report: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "path": str(config.path)}
+    if config.path == STREAM and stream is not None:
+        return report | _stream(stream)
+    if config.path.is_dir():
+        return report | _directory(config.path)
+    header = read_header(config.path)
+    verify_file(header, config.path)
+    return report | _described(header) | {"digests": "hold"}
+
+
+def _described(header: Header) -> dict[str, Any]:
+    tensors = {
+        name: {"dtype": entry.dtype, "shape": list(entry.shape)}
+        for name, entry in header.tensors.items()
+    }
+    numbers = sum(math.prod(entry.shape) for entry in header.tensors.values())
+    return {
+        "kind": header.kind,
+        "config": header.config,
+        "facts": header.facts,
+        "numbers": numbers,
+        "tensors": tensors,
+    }
+
+
+def _stream(stream: BinaryIO) -> dict[str, Any]:
+    kinds: dict[str, int] = {}
+    samples, last = 0, None
+    for header, block in read_messages(stream, "standard input"):
+        verify(header, memoryview(block)[header.payload_start :], "standard input")
+        kinds[header.kind] = kinds.get(header.kind, 0) + 1
+        rows = [
+            entry.shape[0] for name, entry in header.tensors.items() if name in ("mean", "latents")
+        ]
+        samples += sum(rows)
+        last = header
+    if last is None:
+        raise DataError("standard input is empty: the command before it wrote nothing")
+    if "latents" in kinds and last.kind != "manifest":
+        raise DataError("standard input ended before the manifest: its writer was stopped")
+    return {
+        "kind": "stream",
+        "messages": kinds,
+        "samples": samples,
+        "facts": last.facts,
+        "digests": "hold",
+    }
+
+
+def _directory(path: Path) -> dict[str, Any]:
+    if (path / "manifest.json").is_file():
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for entry in manifest["shards"]:
+            shard = path / entry["name"]
+            if not shard.is_file():
+                raise DataError(f"{shard} is missing; run `ldmkit encode` again")
+            if file_digest(shard) != entry["sha256"]:
+                raise DataError(f"{shard} is damaged (sha256 differs); run `ldmkit encode` again")
+        return {"kind": "latents", "facts": manifest, "digests": "hold"}
+    if (path / "config.toml").is_file():
+        checkpoints = sorted(item.name for item in (path / "checkpoints").glob("step-*"))
+        for name in checkpoints:
+            file = path / "checkpoints" / name / "state.safetensors"
+            verify_file(read_header(file), file)
+        return {
+            "kind": "run",
+            "config": tomllib.loads((path / "config.toml").read_text(encoding="utf-8")),
+            "checkpoints": checkpoints,
+            "models": sorted(item.name for item in path.glob("*.safetensors")),
+            "digests": "hold",
+        }
+    raise DataError(f"{path} is neither a latent set nor a run directory")
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people: facts as indented lines, tensors as a count."""
+    shown = {
+        key: value for key, value in report.items() if key not in ("schema_version", "tensors")
+    }
+    lines = list(_lines(shown, ""))
+    if "tensors" in report:
+        lines.append(f"tensors: {len(report['tensors'])} (names and shapes: --json)")
+    return "\n".join(lines)
+
+
+def _lines(value: dict[str, Any], indent: str) -> list[str]:
+    lines: list[str] = []
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            lines += [f"{indent}{key}:", *_lines(item, indent + "  ")]
+        elif isinstance(item, list) and len(item) > 12:
+            lines.append(f"{indent}{key}: {len(item)} entries (--json lists them)")
+        else:
+            lines.append(f"{indent}{key}: {item}")
+    return lines

@@ -1,0 +1,119 @@
+"""`--dry-run`: what a command would need, without doing it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmkit.assembly import autoencoder_facts, build_autoencoder, build_diffusion, diffusion_config
+from ldmkit.autoencoder.discriminator import PatchDiscriminator
+from ldmkit.configs import Config, EncodeConfig, TrainAEConfig, TrainDiffusionConfig
+from ldmkit.data.images import read_images, split
+from ldmkit.data.latents import STORED_DTYPES, LatentSet
+from ldmkit.data.sources import open_source
+from ldmkit.training.checkpoint import KEEP
+
+FLOAT_BYTES = 4
+TRAINED_COPIES = 4  # weight, gradient, two Adam moments
+
+
+def plan(config: Config) -> str:
+    """The estimates for a command, one line each."""
+    return "\n".join(PLANS[type(config)](config))
+
+
+def plan_train_ae(config: TrainAEConfig) -> list[str]:
+    """Open one batch, build the networks without memory, count."""
+    source = open_source(config.data)
+    training, held_back = split(source.items, config.holdout)
+    images = read_images(training[: config.batch_size], config.preprocessing)
+    with torch.device("meta"):
+        model = build_autoencoder(config.autoencoder)
+        discriminator = PatchDiscriminator(
+            config.autoencoder.image_channels,
+            channels=config.loss.disc_channels,
+            layers=config.loss.disc_layers,
+        )
+        batch = torch.empty(config.batch_size, *images.shape[1:])
+        saved = saved_bytes(lambda: discriminator(model.decode(model.encode(batch).mean)))
+        latents = model.encode(batch).mean
+    trained = parameters(model) + parameters(discriminator)
+    checkpoint = trained * FLOAT_BYTES * (TRAINED_COPIES - 1)
+    return [
+        f"data: {len(training)} pictures to train on, {len(held_back)} held back; a batch is {list(batch.shape)}",
+        f"latents: {list(latents.shape[1:])}, {config.autoencoder.factor} times smaller along each side",
+        f"parameters: {parameters(model):,} (autoencoder), {parameters(discriminator):,} (discriminator)",
+        f"memory: about {size(trained * FLOAT_BYTES * TRAINED_COPIES + saved)} without the perceptual network",
+        f"disk: about {size(checkpoint * (KEEP + 1) + parameters(model) * FLOAT_BYTES)} in {config.out}",
+        f"steps: {config.steps:,}, {config.steps * config.batch_size / len(training):.1f} times through the data",
+    ]
+
+
+def plan_encode(config: EncodeConfig) -> list[str]:
+    """Count pictures and bytes."""
+    source = open_source(config.data)
+    facts = autoencoder_facts(config.ae)
+    side = (config.size or facts.preprocessing.size) // facts.factor
+    shape = (facts.latent_channels, side, side)
+    stored = 2 * len(source.items) * math.prod(shape) * STORED_DTYPES[config.dtype].itemsize
+    shards = -(-len(source.items) // config.shard_size)
+    return [
+        f"data: {len(source.items)} pictures, {len(source.class_names)} classes",
+        f"latents: {list(shape)} in {shards} shards",
+        f"disk: about {size(stored)} in {config.out}",
+    ]
+
+
+def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
+    """Open one batch, build the network without memory, count."""
+    latents = LatentSet(config.latents)
+    batch = latents.read(range(min(config.batch_size, len(latents))))
+    with torch.device("meta"):
+        model = build_diffusion(diffusion_config(config, latents))
+        x = torch.empty(config.batch_size, *batch.mean.shape[1:])
+        labels = torch.empty(config.batch_size, dtype=torch.int64)
+        times = torch.empty(config.batch_size)
+        saved = saved_bytes(lambda: model.unet(x, times, *model.condition(labels)))
+    trained = parameters(model)
+    checkpoint = trained * FLOAT_BYTES * TRAINED_COPIES  # weights, average, two moments
+    return [
+        f"data: {len(latents)} latents of {list(batch.mean.shape[1:])}; a batch is {list(x.shape)}",
+        f"parameters: {trained:,}; told of {model.config.classes} classes",
+        f"memory: about {size(trained * FLOAT_BYTES * (TRAINED_COPIES + 1) + saved)}",
+        f"disk: about {size(checkpoint * (KEEP + 1) + trained * FLOAT_BYTES)} in {config.out}",
+        f"steps: {config.steps:,}, {config.steps * config.batch_size / len(latents):.1f} times through the data",
+    ]
+
+
+def saved_bytes(forward: Callable[[], Tensor]) -> int:
+    """Bytes that autograd would keep for the backward pass; the tensors may be without memory."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[id(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    activations = [tensor for tensor in kept.values() if not isinstance(tensor, nn.Parameter)]
+    del result
+    return sum(tensor.numel() * tensor.element_size() for tensor in activations)
+
+
+def parameters(module: nn.Module) -> int:
+    """How many numbers a module trains."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def size(count: float) -> str:
+    """Bytes for people: 3.2 MB, 1.5 GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+PLANS: dict[type[Config], Callable[[Any], list[str]]] = {
+    TrainAEConfig: plan_train_ae,
+    EncodeConfig: plan_encode,
+    TrainDiffusionConfig: plan_train_diffusion,
+}
