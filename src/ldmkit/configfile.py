@@ -1,7 +1,7 @@
 """Configurations in TOML: what `--config` reads and a run directory keeps."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def first_difference(
-    ours: Config, theirs: dict[str, Any], *, ignore: Sequence[str] = ()
+    ours: Config, theirs: dict[str, Any], *, ignore: Collection[str] = ()
 ) -> tuple[str, Any, Any] | None:
     """The first field in which a stored config differs: dotted name, our value, its value.
 

@@ -95,6 +95,8 @@ class TrainingConfig(Config):
     out: Path = field(Path("run"), "Run directory: config, log, previews, checkpoints, model file")
     steps: Positive = field(100_000, "Optimizer steps of the whole run")
     batch_size: Positive = field(16, "Samples for each step")
+    warmup: Count = field(0, "Steps at the start over which the learning rate rises from 0")
+    cooldown: Count = field(0, "Steps at the end over which the learning rate falls to 0")
     seed: int = field(0, "Fixes weights, order and noise")
     holdout: Fraction = field(
         0.0, "Share of the data kept out of training, chosen by hash of the key"
@@ -125,6 +127,7 @@ class TrainAEConfig(TrainingConfig):
         Path("runs/ae"), "Run directory: config, log, previews, checkpoints, model file"
     )
     lr: Annotated[float, Field(gt=0)] = field(4.5e-6 * 16, "Learning rate of both Adam optimizers")
+    betas: tuple[Fraction, Fraction] = field((0.5, 0.9), "Decay of Adam's two moments")
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
@@ -194,7 +197,6 @@ class TrainDiffusionConfig(TrainingConfig):
     )
     ae: Path | None = field(None, "Autoencoder file, for preview pictures during training")
     lr: Annotated[float, Field(gt=0)] = field(1e-4, "Learning rate of AdamW")
-    warmup: Count = field(0, "Steps over which the learning rate rises from 0")
     weight_decay: Weight = field(0.01, "Weight decay of AdamW")
     ema_decay: Fraction = field(0.9999, "Decay of the averaged weights (warmed up)")
     condition: Literal["auto", "class", "none"] = field(

@@ -139,11 +139,7 @@ def _lpips(net: str, torchvision_weights: str) -> Callable[[Path | None], Percep
                 f"network for lpips-{net}"
             )
         model.net.load_state_dict({name: state[stored] for name, stored in wanted.items()})
-        heads = [
-            head.weight.detach().clone()
-            for head in model.lins.modules()
-            if isinstance(head, nn.Conv2d)
-        ]
+        heads = [next(head.parameters()).detach().clone() for head in model.lins]
         return PerceptualDistance(f"lpips-{net}", model.net, heads)
 
     return build

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldmkit.configs import PreprocessingConfig
 from ldmkit.data.order import generator_for, indices_of_step, is_held_back
-from ldmkit.data.pixels import Picture, decode_picture
+from ldmkit.data.pictures import Picture, decode_picture
 from ldmkit.data.preprocessing import preprocess
 from ldmkit.data.sources import Item
 from ldmkit.errors import DataError

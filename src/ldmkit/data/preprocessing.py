@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ldmkit.configs import PreprocessingConfig
-from ldmkit.data.pixels import Picture
+from ldmkit.data.pictures import Picture
 
 
 def preprocess(

@@ -127,10 +127,10 @@ class Stage(nn.Module):
 class DownLevel(nn.Module):
     """The stages of one resolution on the way down, then halving (but for the last level)."""
 
-    def __init__(self, stages: list[Stage], halve: nn.Module | None) -> None:
+    def __init__(self, stages: list[Stage], downsample: nn.Module | None) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
-        self.halve = halve
+        self.downsample = downsample
 
     def forward(
         self, x: FeatureMap, embedding: Embedding, tokens: Tokens | None
@@ -140,16 +140,16 @@ class DownLevel(nn.Module):
         for stage in self.stages:
             x = stage(x, embedding, tokens)
             maps.append(x)
-        return maps if self.halve is None else [*maps, self.halve(x)]
+        return maps if self.downsample is None else [*maps, self.downsample(x)]
 
 
 class UpLevel(nn.Module):
     """The stages of one resolution on the way up, then doubling (but for the last level)."""
 
-    def __init__(self, stages: list[Stage], double: nn.Module | None) -> None:
+    def __init__(self, stages: list[Stage], upsample: nn.Module | None) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
-        self.double = double
+        self.upsample = upsample
 
     def forward(
         self, x: FeatureMap, skips: list[FeatureMap], embedding: Embedding, tokens: Tokens | None
@@ -157,7 +157,7 @@ class UpLevel(nn.Module):
         """Each stage takes the newest of the maps from the way down off the list."""
         for stage in self.stages:
             x = stage(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
-        return x if self.double is None else self.double(x)
+        return x if self.upsample is None else self.upsample(x)
 
 
 class UNet(nn.Module):
@@ -193,8 +193,8 @@ class UNet(nn.Module):
                 channels = width
                 stored.append(channels)
             last = level == len(widths) - 1
-            halve = None if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.down.append(DownLevel(stages, halve))
+            downsample = None if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.down.append(DownLevel(stages, downsample))
             if not last:
                 stored.append(channels)
 

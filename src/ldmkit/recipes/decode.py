@@ -10,11 +10,11 @@ import torch
 from ldmkit.assembly import load_autoencoder, require_same_autoencoder
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.configs import STREAM, DecodeConfig
-from ldmkit.data.pixels import Pixels, grid, save_png, to_pixels
 from ldmkit.durable import atomic_file, sweep_temporaries
 from ldmkit.errors import DataError
 from ldmkit.facts import SampleFacts, validated
 from ldmkit.modelfile import load_messages
+from ldmkit.pixels import Pixels, grid, save_png, to_pixels
 from ldmkit.tensors import Latents
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import pick_device

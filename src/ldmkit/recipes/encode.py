@@ -22,7 +22,7 @@ from ldmkit.data.latents import (
     shard_tensors,
     write_manifest,
 )
-from ldmkit.data.pixels import Picture
+from ldmkit.data.pictures import Picture
 from ldmkit.data.sources import Item, open_source
 from ldmkit.durable import sweep_temporaries
 from ldmkit.errors import DataError

@@ -12,19 +12,19 @@ from ldmkit.autoencoder.perceptual import PerceptualDistance, box_distance, buil
 from ldmkit.configs import PreprocessingConfig, TrainAEConfig
 from ldmkit.data.images import read_images, split, training_batches
 from ldmkit.data.order import generator_for, seed_for
-from ldmkit.data.pixels import to_pixels
 from ldmkit.data.sources import Item, open_source
 from ldmkit.errors import InterruptedRun
 from ldmkit.metrics.reconstruction import psnr
+from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.interruption import Interruption
+from ldmkit.training.optimization import learning_rate, set_learning_rate
 from ldmkit.training.run import due, finished, open_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
 
 WEIGHTS, NOISE, GLOBAL = 2, 3, 4  # places in the seed tree
-ADAM_BETAS = (0.5, 0.9)
 PREVIEWS = 8
 
 
@@ -56,8 +56,10 @@ def train_ae(config: TrainAEConfig) -> Path:
         config.autoencoder.image_channels, channels=loss.disc_channels, layers=loss.disc_layers
     ).to(device)
     perceptual = perceptual.to(device) if perceptual else None
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, ADAM_BETAS, fused=True)
-    disc_optimizer = torch.optim.Adam(discriminator.parameters(), config.lr, ADAM_BETAS, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, config.betas, fused=True)
+    disc_optimizer = torch.optim.Adam(
+        discriminator.parameters(), config.lr, config.betas, fused=True
+    )
     state = TrainingState(
         config.out,
         {"autoencoder": model, "discriminator": discriminator},
@@ -85,7 +87,8 @@ def train_ae(config: TrainAEConfig) -> Path:
                 log.write_means(step, config.batch_size)
             if due(step, config.sample_every, config.steps) and step > start:
                 pictures = read_images((held_back or training)[:PREVIEWS], config.preprocessing)
-                log.picture(step, "reconstructions", compare(model, pictures.to(device)), PREVIEWS)
+                sheet = grid(compare(model, pictures.to(device)), PREVIEWS)
+                log.picture(step, "reconstructions", sheet)
             if saving:
                 log.flush()
                 state.save(step)
@@ -95,6 +98,9 @@ def train_ae(config: TrainAEConfig) -> Path:
                 raise InterruptedRun(f"stopped and saved before step {step}; run again to go on")
 
             torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
+            rate = learning_rate(config.lr, step, config)
+            set_learning_rate(optimizer, rate)
+            set_learning_rate(disc_optimizer, rate)
             images = next(batches).to(device)
             noise = noise_from(generator_for(config.seed, NOISE, step))
             judged = loss.disc_weight > 0 and step >= loss.disc_start

@@ -16,7 +16,6 @@ from ldmkit.conditioning.condition import dropped, stacked
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latents import LatentSet
 from ldmkit.data.order import generator_for, indices_of_step, is_held_back, seed_for
-from ldmkit.data.pixels import to_pixels
 from ldmkit.diffusion.denoiser import guided
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.samplers import sample_ddim
@@ -24,10 +23,16 @@ from ldmkit.errors import InterruptedRun
 from ldmkit.facts import DiffusionFacts, Manifest
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
+from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.interruption import Interruption
-from ldmkit.training.optimization import averaged_copy, set_learning_rate, update_average
+from ldmkit.training.optimization import (
+    averaged_copy,
+    learning_rate,
+    set_learning_rate,
+    update_average,
+)
 from ldmkit.training.run import due, finished, open_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
@@ -89,7 +94,7 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
                 log.write_means(step, config.batch_size)
             if autoencoder and due(step, config.sample_every, config.steps) and step > start:
                 pixels = preview(average, autoencoder, manifest, config)
-                log.picture(step, "samples", pixels, PREVIEWS)
+                log.picture(step, "samples", grid(pixels, PREVIEWS))
             if saving:
                 log.flush()
                 state.save(step)
@@ -116,7 +121,7 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
                 ).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            set_learning_rate(optimizer, config.lr, step, config.warmup)
+            set_learning_rate(optimizer, learning_rate(config.lr, step, config))
             optimizer.step()
             update_average(average, model, step, config.ema_decay)
             log.add({"loss": loss})

@@ -7,13 +7,22 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ldmkit.configs import TrainingConfig
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float, step: int, warmup: int) -> None:
-    """Set the rate for this step: a linear rise over `warmup` steps, then constant."""
+def learning_rate(peak: float, step: int, config: TrainingConfig) -> float:
+    """The rate of a step: a linear rise over the warm-up, constant, a linear fall at the end."""
+    rise = (step + 1) / max(config.warmup, 1)
+    fall = (config.steps - step) / max(config.cooldown, 1)
+    return peak * min(1.0, rise, fall)
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give all parameters this rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * min(1.0, (step + 1) / max(warmup, 1))
+        group["lr"] = rate
 
 
 def averaged_copy(module: Module) -> Module:

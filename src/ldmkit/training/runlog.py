@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldmkit.data.pixels import Pixels, grid, save_png
 from ldmkit.durable import atomic_file, write_text
 from ldmkit.errors import NonFiniteError, UsageError
+from ldmkit.pixels import Sheet, save_png
 
 
 class RunLog:
@@ -69,10 +69,9 @@ class RunLog:
             if self._events is not None:
                 self._events.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, pixels: Pixels, columns: int) -> Path:
-        """Write pictures as one sheet to `RUN/samples/NAME-STEP.png`."""
+    def picture(self, step: int, name: str, sheet: Sheet) -> Path:
+        """Write a sheet of preview pictures to `RUN/samples/NAME-STEP.png`."""
         path = self.run / "samples" / f"{name}-{step:09d}.png"
-        sheet = grid(pixels, columns)
         with atomic_file(path) as temporary:
             save_png(temporary, sheet)
         if self._events is not None:

@@ -1,4 +1,4 @@
-"""Picture files to tensors in [-1, 1] and back. What each kind of file becomes is a table, not luck.
+"""Picture files to tensors in [-1, 1]. What each kind of file becomes is a table, not luck.
 
 | picture                     | becomes                                                  |
 |-----------------------------|----------------------------------------------------------|
@@ -16,11 +16,10 @@ BT.601). 16-bit grey is refused by a model of three channels, since nobody means
 
 import io
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -33,7 +32,6 @@ GREY = ("1", "L")
 COLOUR = ("RGB", "YCbCr", "CMYK", "HSV", "LAB")
 
 Picture = Float[Tensor, "channels height width"]
-Pixels = UInt8[Tensor, "batch channels height width"]
 
 
 def decode_picture(data: bytes, name: str, channels: int) -> Picture:
@@ -93,30 +91,3 @@ def _with_channels(array: np.ndarray, name: str, channels: int) -> Picture:
     if len(picture) == 3 and channels == 1:
         return (picture * torch.tensor(LUMA).view(3, 1, 1)).sum(0, keepdim=True)
     return picture.expand(channels, -1, -1)
-
-
-def to_pixels(images: Float[Tensor, "batch channels height width"]) -> Pixels:
-    """Images in [-1, 1] (clipped) to 8-bit pixels, rounded to the nearest."""
-    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-def save_png(path: Path, pixels: UInt8[Tensor, "channels height width"]) -> None:
-    """Write a PNG of one (grey) or three channels."""
-    array = pixels.movedim(0, 2).numpy()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, "PNG")
-
-
-def grid(pixels: Pixels, columns: int, *, gap: int = 2) -> UInt8[Tensor, "channels height width"]:
-    """Lay pictures out in rows of `columns`, white between them."""
-    count, channels, height, width = pixels.shape
-    rows = -(-count // columns)
-    sheet = torch.full(
-        (channels, rows * (height + gap) + gap, columns * (width + gap) + gap),
-        255,
-        dtype=torch.uint8,
-    )
-    for number, picture in enumerate(pixels):
-        top = gap + (number // columns) * (height + gap)
-        left = gap + (number % columns) * (width + gap)
-        sheet[:, top : top + height, left : left + width] = picture
-    return sheet
