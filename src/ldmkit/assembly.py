@@ -85,6 +85,7 @@ def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> Diffus
     return DiffusionConfig(
         unet=config.unet,
         schedule=config.schedule,
+        parameterization=config.parameterization,
         latent_channels=manifest.latent_shape[0],
         classes=len(manifest.class_names) if told else 0,
     )

@@ -11,8 +11,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import typer
 
@@ -121,7 +122,7 @@ def run_command(
     raise typer.Exit(code)
 
 
-def _call(name: str, config: Any, output: BinaryIO, as_json: bool) -> str:  # noqa: ANN401
+def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:  # noqa: ANN401
     """Do the work; returns the text for standard output ("" where bytes went there)."""
     work = getattr(ldmkit, name.replace("-", "_"))
     if name == "inspect":
@@ -137,7 +138,7 @@ def _call(name: str, config: Any, output: BinaryIO, as_json: bool) -> str:  # no
     return f"{work(config)}\n"
 
 
-def _stdout_for(out: Path, output: BinaryIO, name: str) -> BinaryIO | None:
+def _stdout_for(out: Path, output: BufferedIOBase, name: str) -> BufferedIOBase | None:
     if out != configs.STREAM:
         return None
     if output.isatty():
@@ -147,17 +148,17 @@ def _stdout_for(out: Path, output: BinaryIO, name: str) -> BinaryIO | None:
     return output
 
 
-def _stdin_for(source: Path) -> BinaryIO | None:
+def _stdin_for(source: Path) -> BufferedIOBase | None:
     if source != configs.STREAM:
         return None
     if sys.stdin.isatty():
         raise UsageError(
             "nothing is piped in: name a file, or pipe `ldmkit sample` or `encode` into this"
         )
-    return sys.stdin.buffer
+    return os.fdopen(os.dup(0), "rb")
 
 
-def _take_stdout() -> BinaryIO:
+def _take_stdout() -> BufferedIOBase:
     """The real standard output as bytes; from here on everything else that prints goes to stderr."""
     sys.stdout.flush()
     real = os.dup(1)
@@ -165,7 +166,7 @@ def _take_stdout() -> BinaryIO:
     return os.fdopen(real, "wb")
 
 
-def _close(output: BinaryIO) -> None:
+def _close(output: BufferedIOBase) -> None:
     with contextlib.suppress(BrokenPipeError):  # the exit code tells it already
         output.close()
 

@@ -169,6 +169,9 @@ class UNetConfig(Config):
     dropout: Fraction = field(0.0, "Dropout probability in the residual blocks")
 
 
+ParameterizationName = Literal["epsilon", "v"]
+
+
 class ScheduleConfig(Config):
     """Discrete noise schedule: variances linear in their square root (Rombach et al. 2022)."""
 
@@ -182,7 +185,7 @@ class DiffusionConfig(Config):
 
     unet: UNetConfig
     schedule: ScheduleConfig
-    parameterization: Literal["epsilon"] = "epsilon"
+    parameterization: ParameterizationName
     latent_channels: Positive
     classes: Count
     """Number of classes; 0 for a model without class condition."""
@@ -204,6 +207,10 @@ class TrainDiffusionConfig(TrainingConfig):
     )
     condition_dropout: Fraction = field(
         0.1, "Share of samples trained without their condition, for classifier-free guidance"
+    )
+    parameterization: ParameterizationName = field(
+        "epsilon",
+        "What the network predicts: the noise (the paper), or v, which learns layouts sooner",
     )
     preview_steps: Positive = field(25, "Sampling steps of the preview pictures")
     preview_guidance: Weight = field(2.0, "Guidance weight of the preview pictures")

@@ -19,8 +19,9 @@ import json
 import mmap
 import struct
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ldmkit.errors import DataError
 
@@ -107,7 +108,7 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def read_messages(stream: BinaryIO, source: str) -> Iterator[tuple[Header, bytes]]:
+def read_messages(stream: BufferedIOBase, source: str) -> Iterator[tuple[Header, bytes]]:
     """Read one block after the other from a pipe; yields each header with the whole block's bytes.
 
     Args:
@@ -183,7 +184,7 @@ def file_digest(path: Path) -> str:
 class _Recorder:
     """Reads from a stream and keeps what it read."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BufferedIOBase) -> None:
         self._stream = stream
         self.seen = bytearray()
 
@@ -193,7 +194,7 @@ class _Recorder:
         return data
 
 
-def _parse(file: "BinaryIO | _Recorder", source: str) -> Header | None:
+def _parse(file: "BufferedIOBase | _Recorder", source: str) -> Header | None:
     """Parse a header at the current position; None at the very end of the file."""
     prefix = file.read(8)
     if not prefix:

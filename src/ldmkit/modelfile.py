@@ -6,8 +6,9 @@ Nothing is ever unpickled.
 
 import platform
 from collections.abc import Iterator, Mapping
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -88,7 +89,7 @@ def load(path: Path, *, kind: str) -> tuple[Header, dict[str, Tensor]]:
 
 
 def write_message(
-    stream: BinaryIO,
+    stream: BufferedIOBase,
     tensors: Mapping[str, Tensor],
     *,
     kind: str,
@@ -102,7 +103,7 @@ def write_message(
 
 
 def load_messages(
-    stream: BinaryIO, source: str, *, kind: str
+    stream: BufferedIOBase, source: str, *, kind: str
 ) -> Iterator[tuple[Header, dict[str, Tensor]]]:
     """Read blocks of one kind from a pipe or an open file, one at a time, each checked.
 

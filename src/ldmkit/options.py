@@ -48,8 +48,8 @@ def command_function(
         body: called with the config's typed values (nested) and each switch by name.
         switches: further boolean options, name -> `typer.Option`.
     """
-    leaves = list(_leaves(config_class))
-    parameters = [_parameter(leaf) for leaf in leaves]
+    fields = list(leaves(config_class))
+    parameters = [_parameter(leaf) for leaf in fields]
     if PRESETS.get(name):
         text = f"Start from named settings: {', '.join(PRESETS[name])}"
         parameters.append(_keyword("preset", str, typer.Option("--preset", help=text)))
@@ -106,10 +106,11 @@ def resolve(
         raise UsageError(_sentence(error, config_class)) from error
 
 
-def _leaves(config_class: type[Config], path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+def leaves(config_class: type[Config], path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    """All fields of a config and of the configs in it, in order of declaration."""
     for name, info in config_class.model_fields.items():
         if _is_config(info.annotation):
-            yield from _leaves(info.annotation, (*path, name))  # pyright: ignore[reportArgumentType]
+            yield from leaves(info.annotation, (*path, name))  # pyright: ignore[reportArgumentType]
         else:
             yield Leaf((*path, name), info)
 
@@ -133,7 +134,7 @@ def _parameter(leaf: Leaf) -> inspect.Parameter:
         *([extra["short"]] if "short" in extra else []),
         help=leaf.info.description,
         metavar=metavar,
-        show_default=_shown(leaf.info),
+        show_default=shown_default(leaf.info) or False,
         rich_help_panel=f"Options of {leaf.path[0]}" if len(leaf.path) > 1 else "Options",
     )
     return _keyword(python_name, kind, option)
@@ -159,9 +160,10 @@ def _typer_type(annotation: Any) -> tuple[Any, str | None]:  # noqa: ANN401
     return annotation, None
 
 
-def _shown(info: FieldInfo) -> str | bool:
+def shown_default(info: FieldInfo) -> str:
+    """A field's default as one would type it; "" where there is none."""
     if info.is_required() or info.default is None or info.default == ():
-        return False
+        return ""
     if isinstance(info.default, tuple):
         return ",".join(str(part) for part in info.default)
     if isinstance(info.default, float):
@@ -200,7 +202,7 @@ def _split_lists(config_class: type[Config], settings: Mapping[str, Any]) -> dic
 def _sentence(error: ValidationError, config_class: type[Config]) -> str:
     problem = error.errors()[0]
     path = [str(part) for part in problem["loc"]]
-    known = {".".join(leaf.path): leaf for leaf in _leaves(config_class)}
+    known = {".".join(leaf.path): leaf for leaf in leaves(config_class)}
     dotted = ".".join(path)
     if problem["type"] == "extra_forbidden":
         return f"{dotted}: unknown setting{_nearest(dotted, known)}"

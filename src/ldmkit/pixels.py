@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 Pixels = UInt8[Tensor, "batch channels height width"]
-Sheet = UInt8[Tensor, "channels height width"]
+Sheet = UInt8[Tensor, "channels _height _width"]
 
 
 def to_pixels(images: Float[Tensor, "batch channels height width"]) -> Pixels:

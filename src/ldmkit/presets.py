@@ -10,17 +10,20 @@ Settings = dict[str, Any]
 
 TINY_AE: Settings = {
     # The demo: 64 px pictures to 16 x 16 latents, minutes on two CPU cores.
-    "steps": 1100,
+    "steps": 900,
     "batch_size": 8,
     "lr": 1e-3,
+    "betas": [0.9, 0.99],
+    "warmup": 50,
+    "cooldown": 450,
     "holdout": 0.05,
     "precision": "auto",
     "log_every": 25,
-    "sample_every": 275,
-    "save_every": 275,
+    "sample_every": 300,
+    "save_every": 300,
     "preprocessing": {"size": 64, "flip": True},
     "autoencoder": {"channels": 32, "multipliers": [1, 2, 4], "residual_blocks": 1},
-    "loss": {"disc_start": 900, "disc_channels": 32, "disc_layers": 2},
+    "loss": {"disc_start": 700, "disc_channels": 32, "disc_layers": 2},
 }
 
 KL_F4: Settings = {
@@ -47,19 +50,20 @@ KL_F8: Settings = {
 
 TINY_DIFFUSION: Settings = {
     # The demo: 16 x 16 latents, minutes on two CPU cores.
-    "steps": 2000,
+    "steps": 1500,
     "batch_size": 32,
     "lr": 1e-3,
     "warmup": 100,
+    "cooldown": 500,
     "precision": "auto",
     "log_every": 50,
     "sample_every": 500,
     "save_every": 500,
     "unet": {
         "channels": 64,
-        "multipliers": [1, 2, 4],
+        "multipliers": [1, 2, 2],
         "residual_blocks": 1,
-        "attention_factors": [2, 4],
+        "attention_factors": [4],
         "head_channels": 32,
         "context_channels": 128,
     },

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +26,7 @@ HEARTBEAT_SECONDS = 30.0
 _quiet = False
 
 
+@runtime_checkable
 class Track(Protocol):
     """A running progress display."""
 

@@ -31,7 +31,7 @@ SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 GREY = ("1", "L")
 COLOUR = ("RGB", "YCbCr", "CMYK", "HSV", "LAB")
 
-Picture = Float[Tensor, "channels height width"]
+Picture = Float[Tensor, "channels _height _width"]
 
 
 def decode_picture(data: bytes, name: str, channels: int) -> Picture:

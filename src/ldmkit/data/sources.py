@@ -6,7 +6,8 @@ as random access as a folder and any order of reading can be resumed.
 
 import json
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from io import BufferedIOBase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,69 +137,60 @@ def scan_tars(tars: Iterable[Path]) -> Source:
 
 
 def _tar_items(tar: Path) -> list[Item]:
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                key, extension = base_plus_ext(member.name)
-                if member.isfile() and key and extension:
-                    samples.setdefault(key, {})[extension.lower()] = (
-                        member.offset_data,
-                        member.size,
-                    )
-            _require_end_mark(file, archive, tar)
-            return [
-                item
-                for key, members in samples.items()
-                if (item := _tar_item(tar, key, members, _reader(file)))
-            ]
+        with tar.open("rb") as file:
+            samples = _tar_members(file, tar)
+            items = [_tar_item(tar, key, members, file) for key, members in samples.items()]
     except OSError as error:
         raise DataError(f"cannot read {tar}: {error.strerror}") from error
     except tarfile.TarError as error:
         raise DataError(f"{tar} is not a whole tar file ({error}); copy it again") from error
+    return [item for item in items if item is not None]
 
 
-def _require_end_mark(file, archive: tarfile.TarFile, tar: Path) -> None:  # noqa: ANN001
-    """A tar ends with 1024 zero bytes; without them a truncated one can pass for a shorter one."""
-    file.seek(archive.offset)
-    if file.read(1024) != bytes(1024):
-        raise DataError(f"{tar} lacks its end mark, so it is cut off; copy it again")
-
-
-def _reader(file) -> Callable[[tuple[int, int]], bytes]:  # noqa: ANN001
-    def read(place: tuple[int, int]) -> bytes:
-        file.seek(place[0])
-        return file.read(place[1])
-
-    return read
+def _tar_members(file: BufferedIOBase, tar: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Sample key -> extension -> (offset, size)."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            key, extension = base_plus_ext(member.name)
+            if member.isfile() and key and extension:
+                samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+        # A tar ends with 1024 zero bytes; without them a cut one can pass for a shorter one.
+        file.seek(archive.offset)
+        if file.read(1024) != bytes(1024):
+            raise DataError(f"{tar} lacks its end mark, so it is cut off; copy it again")
+    return samples
 
 
 def _tar_item(
-    tar: Path,
-    key: str,
-    members: dict[str, tuple[int, int]],
-    read: Callable[[tuple[int, int]], bytes],
+    tar: Path, key: str, members: dict[str, tuple[int, int]], file: BufferedIOBase
 ) -> Item | None:
     picture = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), None)
     if picture is None:
         return None
     where = tar / key
+
+    def text(suffix: str) -> str:
+        offset, size = members[suffix]
+        file.seek(offset)
+        return _text(file.read(size), where)
+
     label, caption = NO_LABEL, ""
     if "json" in members:
         try:
-            facts = json.loads(_text(read(members["json"]), where))
+            facts = json.loads(text("json"))
             label, caption = int(facts.get("label", NO_LABEL)), str(facts.get("caption", ""))
         except (ValueError, AttributeError) as error:
             raise DataError(
                 f"{where}.json is not a JSON object with a whole-number label"
             ) from error
     if "cls" in members:
-        text = _text(read(members["cls"]), where)
-        if not text.isdigit():
-            raise DataError(f"{where}.cls holds {text[:20]!r}; a class index is needed")
-        label = int(text)
+        if not text("cls").isdigit():
+            raise DataError(f"{where}.cls holds {text('cls')[:20]!r}; a class index is needed")
+        label = int(text("cls"))
     if "txt" in members:
-        caption = _text(read(members["txt"]), where)
+        caption = text("txt")
     return Item(key, tar, *picture, label, caption)
 
 

@@ -30,5 +30,11 @@ def epsilon(sigma: Sigmas) -> Scaling:
     return Scaling(torch.ones_like(sigma), -sigma, (1.0 + sigma.square()).rsqrt())
 
 
-PARAMETERIZATIONS: dict[str, Parameterization] = {"epsilon": epsilon}
-"""Keep in step with `configs.DiffusionConfig.parameterization`; a test compares them."""
+def velocity(sigma: Sigmas) -> Scaling:
+    """The network predicts v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) clean (Salimans and Ho 2022)."""
+    square = 1.0 + sigma.square()
+    return Scaling(1.0 / square, -sigma * square.rsqrt(), square.rsqrt())
+
+
+PARAMETERIZATIONS: dict[str, Parameterization] = {"epsilon": epsilon, "v": velocity}
+"""Keep in step with `configs.ParameterizationName`; a test compares them."""

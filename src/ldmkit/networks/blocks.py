@@ -13,9 +13,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-FeatureMap = Float[Tensor, "batch channels height width"]
-Embedding = Float[Tensor, "batch width"]
-Tokens = Float[Tensor, "batch count width"]
+# An underscore: the axis may differ between the arguments and the result of one function.
+FeatureMap = Float[Tensor, "batch _channels _y _x"]
+Embedding = Float[Tensor, "batch _width"]
+Tokens = Float[Tensor, "batch _count _width"]
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -24,7 +24,7 @@ MIN_BATCH = 2
 """A batch of one runs other kernels than a larger one and rounds differently; it is padded."""
 
 
-def decode(config: DecodeConfig, stream: BinaryIO | None = None) -> Path:
+def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
     """Decode samples to PNG files named by seed and class, and a grid of the first 256.
 
     Args:
@@ -87,7 +87,7 @@ def picture_name(seed: int, label: int, class_names: tuple[str, ...]) -> str:
 
 
 def _blocks(
-    config: DecodeConfig, stream: BinaryIO | None, source: str
+    config: DecodeConfig, stream: BufferedIOBase | None, source: str
 ) -> Iterator[tuple[Latents, list[str], SampleFacts]]:
     if stream is not None:
         yield from _read(stream, source)
@@ -99,7 +99,7 @@ def _blocks(
         raise DataError(f"cannot read {config.samples}: {error.strerror}") from error
 
 
-def _read(file: BinaryIO, source: str) -> Iterator[tuple[Latents, list[str], SampleFacts]]:
+def _read(file: BufferedIOBase, source: str) -> Iterator[tuple[Latents, list[str], SampleFacts]]:
     for header, tensors in load_messages(file, source, kind="samples"):
         facts = validated(SampleFacts, header.facts, source)
         seeds, labels = tensors["seed"].tolist(), tensors["label"].tolist()

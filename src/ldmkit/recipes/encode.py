@@ -1,8 +1,9 @@
 """`ldmkit encode`: pictures in, a latent set out, once."""
 
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +40,7 @@ class Shard(NamedTuple):
     facts: ShardFacts
 
 
-def encode(config: EncodeConfig, stream: BinaryIO | None = None) -> Path | None:
+def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path | None:
     """Encode a data set; shards that are already there are kept, so the same call again resumes.
 
     Args:

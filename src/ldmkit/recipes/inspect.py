@@ -3,8 +3,9 @@
 import json
 import math
 import tomllib
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ldmkit.configs import STREAM, InspectConfig
 from ldmkit.container import Header, file_digest, read_header, read_messages, verify, verify_file
@@ -13,7 +14,7 @@ from ldmkit.errors import DataError
 SCHEMA_VERSION = 1
 
 
-def inspect(config: InspectConfig, stream: BinaryIO | None = None) -> dict[str, Any]:
+def inspect(config: InspectConfig, stream: BufferedIOBase | None = None) -> dict[str, Any]:
     """A JSON-able report: kind, config, facts, tensors, whether the digests hold.
 
     Raises:
@@ -44,7 +45,7 @@ def _described(header: Header) -> dict[str, Any]:
     }
 
 
-def _stream(stream: BinaryIO) -> dict[str, Any]:
+def _stream(stream: BufferedIOBase) -> dict[str, Any]:
     kinds: dict[str, int] = {}
     samples, last = 0, None
     for header, block in read_messages(stream, "standard input"):

@@ -1,7 +1,8 @@
 """`ldmkit sample`: seeds and labels in, latents out."""
 
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ MIN_BATCH = 2
 """A batch of one runs other kernels than a larger one and rounds differently; it is padded."""
 
 
-def sample(config: SampleConfig, stream: BinaryIO | None = None) -> Path | None:
+def sample(config: SampleConfig, stream: BufferedIOBase | None = None) -> Path | None:
     """Draw samples; each depends on its own seed and label only, not on its batch.
 
     Args:

@@ -147,6 +147,7 @@ def train_ae(config: TrainAEConfig) -> Path:
     trained = {
         "pictures": len(training),
         "steps": config.steps,
+        "holdout": config.holdout,
         "seen": config.steps * config.batch_size,
     }
     save_autoencoder(result, model, config.preprocessing, trained | quality)

@@ -38,8 +38,7 @@ from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
 
 WEIGHTS, NOISE, GLOBAL, PREVIEW = 2, 3, 4, 5  # places in the seed tree
-PREVIEWS = 8  # pictures in a row of the preview sheet; as many rows as it takes for all classes
-MAX_PREVIEWS = 64
+PREVIEWS, COLUMNS = 16, 8
 
 
 def train_diffusion(config: TrainDiffusionConfig) -> Path:
@@ -94,7 +93,7 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
                 log.write_means(step, config.batch_size)
             if autoencoder and due(step, config.sample_every, config.steps) and step > start:
                 pixels = preview(average, autoencoder, manifest, config)
-                log.picture(step, "samples", grid(pixels, PREVIEWS))
+                log.picture(step, "samples", grid(pixels, COLUMNS))
             if saving:
                 log.flush()
                 state.save(step)
@@ -153,17 +152,18 @@ def preview(
     manifest: Manifest,
     config: TrainDiffusionConfig,
 ) -> torch.Tensor:
-    """8-bit pixels of samples from fixed seeds, one row a class (or one row without classes)."""
+    """8-bit pixels of samples from fixed seeds; the classes take turns."""
     device = model.latent_mean.device
-    rows = min(max(model.config.classes, 1), MAX_PREVIEWS // PREVIEWS)
-    count = rows * PREVIEWS
-    labels = torch.arange(count) // PREVIEWS
+    labels = torch.arange(PREVIEWS) % max(model.config.classes, 1)
     noise = noise_from(generator_for(config.seed, PREVIEW))
     sigmas = model.schedule.steps(config.preview_steps)
-    start = torch.empty(count, *manifest.latent_shape, device=device)
-    x = model.schedule.initial(noise(start), float(sigmas[0]))
-    condition = stacked(model.condition(labels), model.null(count))
+    start = noise(torch.empty(PREVIEWS, *manifest.latent_shape, device=device))
+    condition = stacked(model.condition(labels), model.null(PREVIEWS))
     denoise = guided(model.denoise, config.preview_guidance)
-    clean = sample_ddim(lambda x, sigma: denoise(x, sigma, condition), x, sigmas, noise=noise)
-    raw = model.unwhiten(clean)
-    return to_pixels(torch.cat([autoencoder.decode(part) for part in raw.split(PREVIEWS)]))
+    clean = sample_ddim(
+        lambda x, sigma: denoise(x, sigma, condition),
+        model.schedule.initial(start, float(sigmas[0])),
+        sigmas,
+        noise=noise,
+    )
+    return to_pixels(autoencoder.decode(model.unwhiten(clean)))

@@ -3,7 +3,6 @@
 import signal
 import threading
 from types import FrameType
-from typing import Self
 
 from ldmkit.terminal import say
 
@@ -22,7 +21,7 @@ class Interruption:
         self.requested = False
         self._former: dict[int, object] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # signals reach only this one
             for number in STOP_SIGNALS:
                 self._former[number] = signal.signal(number, self._note)

@@ -1,0 +1,56 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check lint types layers docs format setup setup-dev clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup ## Pictures to new pictures on the data in the box: about 12 minutes on 2 CPU cores
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: setup-dev ## Run the tests
+	$(BIN)/pytest
+
+test-slow: setup-dev ## Run the tests that take minutes
+	$(BIN)/pytest -m slow
+
+check: setup-dev lint types layers test ## All that CI runs: lint, types, import contracts, tests, docs
+
+lint: setup-dev ## Format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup-dev ## Types
+	$(BIN)/pyright
+
+layers: setup-dev ## Who may import whom
+	$(BIN)/lint-imports
+
+docs: setup-dev ## Write docs/cli.md from the commands
+	$(BIN)/python docs/generate_cli.py > docs/cli.md
+
+format: setup-dev ## Put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(VENV)/.installed ## Make .venv and install ldmkit
+setup-dev: $(VENV)/.installed-dev ## The same with the tools for development
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldmkit needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean: ## Remove what was built, not what was trained
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

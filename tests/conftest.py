@@ -1,0 +1,136 @@
+"""Shared fixtures: a folder of small pictures, and a pipeline trained on it for a moment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import ldmkit
+from ldmkit import terminal
+from ldmkit.configs import (
+    AutoencoderConfig,
+    AutoencoderLossConfig,
+    EncodeConfig,
+    PreprocessingConfig,
+    TrainAEConfig,
+    TrainDiffusionConfig,
+    UNetConfig,
+)
+
+SIZE = 32
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    terminal.be_quiet(True)
+
+
+def draw_picture(kind: str, number: int) -> Image.Image:
+    """A circle or a square, of a size and colour that depend on the number."""
+    image = Image.new("RGB", (SIZE, SIZE), "white")
+    box = [4 + number % 5, 4, 20 + number % 7, 24]
+    shape = ImageDraw.Draw(image)
+    (shape.ellipse if kind == "circle" else shape.rectangle)(box, fill=COLOURS[number % 6])
+    return image
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Twelve pictures in two class folders."""
+    root = tmp_path_factory.mktemp("pictures")
+    for kind in ("circle", "square"):
+        (root / kind).mkdir()
+        for number in range(6):
+            draw_picture(kind, number).save(root / kind / f"{number}.png")
+    return root
+
+
+def ae_config(data: Path, out: Path, **changes) -> TrainAEConfig:
+    """A training run of seconds, with every term of the loss."""
+    settings = {
+        "data": data,
+        "out": out,
+        "steps": 4,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "precision": "fp32",
+        "save_every": 2,
+        "log_every": 1,
+        "sample_every": 2,
+        "preprocessing": PreprocessingConfig(size=SIZE, flip=True),
+        "autoencoder": AutoencoderConfig(channels=8, multipliers=(1, 2, 2), residual_blocks=1),
+        "loss": AutoencoderLossConfig(disc_start=2, disc_channels=8, disc_layers=1),
+    }
+    return TrainAEConfig.model_validate(settings | changes)
+
+
+def diffusion_config(latents: Path, out: Path, **changes) -> TrainDiffusionConfig:
+    """A training run of seconds."""
+    settings = {
+        "latents": latents,
+        "out": out,
+        "steps": 4,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "precision": "fp32",
+        "save_every": 2,
+        "log_every": 1,
+        "sample_every": 2,
+        "preview_steps": 2,
+        "unet": UNetConfig(
+            channels=16,
+            multipliers=(1, 2),
+            residual_blocks=1,
+            attention_factors=(2,),
+            head_channels=8,
+            context_channels=16,
+        ),
+    }
+    return TrainDiffusionConfig.model_validate(settings | changes)
+
+
+class Pipeline:
+    """The files of one run through all stages."""
+
+    def __init__(self, data: Path, root: Path) -> None:
+        self.data = data
+        self.ae = ldmkit.train_ae(ae_config(data, root / "ae"))
+        latents = ldmkit.encode(
+            EncodeConfig(data=data, ae=self.ae, out=root / "latents", shard_size=5, batch_size=4)
+        )
+        assert latents is not None
+        self.latents = latents
+        self.ldm = ldmkit.train_diffusion(diffusion_config(self.latents, root / "ldm", ae=self.ae))
+
+
+@pytest.fixture(scope="session")
+def pipeline(pictures, tmp_path_factory) -> Pipeline:
+    terminal.be_quiet(True)
+    return Pipeline(pictures, tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def run():
+    """Run `ldmkit ARGUMENTS` as a user would: another process, pipes for all three streams."""
+
+    def call(*arguments: object, stdin: bytes = b"", **environment: str):
+        return subprocess.run(
+            [sys.executable, "-m", "ldmkit", *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            timeout=120,
+            check=False,
+            env=os.environ | {"COLUMNS": "100"} | environment,
+        )
+
+    return call
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

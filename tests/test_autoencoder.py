@@ -1,0 +1,95 @@
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.autoencoder.networks import Downsample
+from ldmkit.autoencoder.posterior import GaussianPosterior
+from ldmkit.configs import AutoencoderConfig, TrainAEConfig
+from ldmkit.options import resolve
+
+TINY = AutoencoderConfig(channels=8, multipliers=(1, 2, 2), residual_blocks=1)
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("kl-f4", 55.31), ("kl-f8", 83.65)])
+def test_presets_have_the_published_number_of_parameters(preset, millions):
+    config = resolve("train-ae", TrainAEConfig, preset, None, {"data": "x"})
+    with torch.device("meta"):
+        model = Autoencoder(config.autoencoder)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize("multipliers", [(1, 2), (1, 2, 2), (1, 1, 2, 2)])
+@pytest.mark.parametrize("image_channels", [1, 3])
+def test_shapes(multipliers, image_channels):
+    config = TINY.model_copy(
+        update={"multipliers": multipliers, "image_channels": image_channels, "latent_channels": 5}
+    )
+    model = Autoencoder(config)
+    posterior = model.encode(torch.zeros(2, image_channels, 32, 48))
+    assert posterior.mean.shape == (2, 5, 32 // config.factor, 48 // config.factor)
+    assert model.decode(posterior.mean).shape == (2, image_channels, 32, 48)
+
+
+def test_attention_factors_and_middle_attention_add_their_blocks():
+    def blocks(**changes):
+        model = Autoencoder(TINY.model_copy(update=changes))
+        return sum(name.endswith("qkv.weight") for name, _ in model.named_parameters())
+
+    assert blocks() == 2  # one middle in the encoder, one in the decoder
+    assert blocks(middle_attention=False) == 0
+    assert blocks(attention_factors=(4,)) == 2 + 1 + 2  # one residual block down, two up
+    assert blocks(attention_factors=(2, 4)) == 2 + 2 * 3
+
+
+def test_downsampling_pads_right_and_bottom_only():
+    layer = Downsample(1)
+    torch.nn.init.ones_(layer.conv.weight)
+    assert layer.conv.bias is not None
+    torch.nn.init.zeros_(layer.conv.bias)
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    # windows start at 0 and 2; the second one reaches one row and column past the edge
+    expected = [
+        [x[0, 0, :3, :3].sum(), x[0, 0, :3, 2:].sum()],
+        [x[0, 0, 2:, :3].sum(), x[0, 0, 2:, 2:].sum()],
+    ]
+    assert torch.equal(layer(x)[0, 0], torch.tensor(expected))
+
+
+def test_posterior_against_torch_distributions(generator):
+    moments = torch.randn(3, 8, 2, 2, generator=generator)
+    posterior = GaussianPosterior(moments)
+    reference = Normal(moments[:, :4], (0.5 * moments[:, 4:]).exp())
+    assert torch.allclose(posterior.mean, reference.mean)
+    assert torch.allclose(posterior.std, reference.stddev)
+    expected = kl_divergence(reference, Normal(0.0, 1.0)).sum() / 3
+    assert torch.allclose(posterior.penalty(), expected, rtol=1e-5)
+    assert torch.allclose(posterior.sample(torch.ones_like), reference.mean + reference.stddev)
+
+
+def test_log_variance_is_clamped():
+    posterior = GaussianPosterior(torch.tensor([0.0, 0.0, -100.0, 100.0]).view(1, 4, 1, 1))
+    assert posterior.log_variance.flatten().tolist() == [-30.0, 20.0]
+
+
+def test_moments_are_summed_in_float32():
+    assert (
+        GaussianPosterior(torch.ones(1, 2, 1, 1, dtype=torch.bfloat16)).penalty().dtype
+        == torch.float32
+    )
+
+
+def test_one_batch_overfits(generator):
+    torch.manual_seed(0)
+    model = Autoencoder(TINY.model_copy(update={"channels": 16}))
+    images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(150):
+        loss = (model.decode(model.encode(images).mean) - images).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

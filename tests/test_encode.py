@@ -1,0 +1,177 @@
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import ldmkit
+from conftest import SIZE, ae_config
+from ldmkit.configs import STREAM, EncodeConfig
+from ldmkit.container import read_header, read_messages
+from ldmkit.data.images import read_images
+from ldmkit.data.latents import LatentSet, read_manifest
+from ldmkit.data.sources import open_source
+from ldmkit.errors import DataError
+
+
+@pytest.fixture
+def config(pipeline, tmp_path):
+    return EncodeConfig(
+        data=pipeline.data, ae=pipeline.ae, out=tmp_path / "latents", shard_size=5, batch_size=4
+    )
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+def test_latents_are_the_posterior_of_the_pictures(pipeline):
+    latents = LatentSet(pipeline.latents)
+    items = open_source(pipeline.data).items
+    model = ldmkit.load_autoencoder(pipeline.ae)
+    preprocessing = ae_config(pipeline.data, pipeline.data).preprocessing
+    posterior = model.encode(read_images(items, preprocessing.model_copy(update={"flip": False})))
+    assert latents.texts("key") == [item.key for item in items]
+    order = [11, 0, 7, 5]
+    batch = latents.read(order)
+    assert batch.mean.shape == (4, 4, SIZE // 4, SIZE // 4)
+    assert torch.allclose(batch.mean, posterior.mean[order], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(batch.std, posterior.std[order], rtol=1e-3, atol=1e-3)
+    assert batch.label.tolist() == [items[index].label for index in order]
+
+
+def test_whitening_is_that_of_the_whole_set(pipeline):
+    latents = LatentSet(pipeline.latents)
+    batch = latents.read(range(len(latents)))
+    whitening = latents.manifest.whitening
+    assert np.allclose(whitening.mean, batch.mean.double().mean((0, 2, 3)), atol=1e-6)
+    variance = batch.mean.double().var(
+        (0, 2, 3), unbiased=False
+    ) + batch.std.double().square().mean((0, 2, 3))
+    assert np.allclose(whitening.std, variance.sqrt(), rtol=1e-6)
+
+
+def test_encoding_again_keeps_whole_shards_and_mends_the_rest(config):
+    out = ldmkit.encode(config)
+    assert out is not None
+    whole = contents(out)
+    assert list(whole) == [
+        "00000.safetensors",
+        "00001.safetensors",
+        "00002.safetensors",
+        "manifest.json",
+    ]
+    assert ldmkit.encode(config) == out  # nothing to do
+    (out / "manifest.json").unlink()
+    damaged = bytearray(whole["00001.safetensors"])
+    damaged[-1] ^= 1
+    (out / "00001.safetensors").write_bytes(damaged)
+    (out / "00002.safetensors").unlink()
+    (out / "00002.safetensors.tmp-12345678").write_bytes(b"half")
+    kept = (out / "00000.safetensors").stat().st_mtime_ns
+    ldmkit.encode(config)
+    assert contents(out) == whole
+    assert (out / "00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_a_set_made_differently_is_refused_unless_forced(config, pictures, tmp_path):
+    ldmkit.encode(config)
+    other = config.model_copy(update={"dtype": "float32"})
+    with pytest.raises(DataError, match=r"another dtype \(float16, now float32\)"):
+        ldmkit.encode(other)
+    (config.out / "manifest.json").unlink()  # an unfinished one too
+    with pytest.raises(DataError, match="another dtype"):
+        ldmkit.encode(other)
+    out = ldmkit.encode(other.model_copy(update={"force": True}))
+    assert out is not None
+    assert read_header(out / "00000.safetensors").tensors["mean"].dtype == "F32"
+
+    more = tmp_path / "more"
+    shutil.copytree(pictures, more)
+    shutil.copy(more / "circle/0.png", more / "circle/9.png")
+    with pytest.raises(DataError, match="another items"):
+        ldmkit.encode(other.model_copy(update={"data": more}))
+
+
+def test_streamed_shards_are_the_files(config):
+    out = ldmkit.encode(config)
+    assert out is not None
+    stream = io.BytesIO()
+    assert ldmkit.encode(config.model_copy(update={"out": STREAM}), stream) is None
+    stream.seek(0)
+    messages = list(read_messages(stream, "stream"))
+    assert [header.kind for header, _ in messages] == ["latents"] * 3 + ["manifest"]
+    files = [(out / f"{number:05d}.safetensors").read_bytes() for number in range(3)]
+    assert [block for _, block in messages[:3]] == files
+    assert messages[-1][0].facts["count"] == 12
+
+
+def test_unreadable_pictures_stop_or_are_listed(config, pictures, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    (data / "circle/2.png").write_text("not a picture")
+    config = config.model_copy(update={"data": data})
+    with pytest.raises(DataError, match=r"circle/2.png is not a picture"):
+        ldmkit.encode(config)
+    with pytest.raises(DataError, match="not a picture"):  # 1 of 12 is more than 5 %
+        ldmkit.encode(config.model_copy(update={"max_bad": 0.05}))
+    out = ldmkit.encode(config.model_copy(update={"max_bad": 0.1}))
+    assert out is not None
+    manifest = read_manifest(out)
+    assert manifest.count == 11
+    assert [key for key, _ in manifest.skipped] == ["circle/2.png"]
+    assert "circle/2.png" not in LatentSet(out).texts("key")
+
+
+def test_damage_to_a_set_is_found_on_opening(config):
+    out = ldmkit.encode(config)
+    assert out is not None
+    whole = (out / "00001.safetensors").read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 4
+    (out / "00001.safetensors").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"00001.safetensors is damaged"):
+        LatentSet(out)
+    (out / "00001.safetensors").unlink()
+    with pytest.raises(DataError, match=r"00001.safetensors is missing"):
+        LatentSet(out)
+    (out / "00001.safetensors").write_bytes(whole)
+    LatentSet(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"more": 1}))
+    with pytest.raises(DataError, match="more"):
+        LatentSet(out)
+    (out / "manifest.json").unlink()
+    with pytest.raises(DataError, match="unfinished"):
+        LatentSet(out)
+
+
+def test_a_size_that_does_not_fit_is_refused(config):
+    with pytest.raises(DataError, match="multiple"):
+        ldmkit.encode(config.model_copy(update={"size": 30}))
+    out = ldmkit.encode(config.model_copy(update={"size": 16}))
+    assert out is not None
+    assert read_manifest(out).latent_shape == (4, 4, 4)
+
+
+def test_latents_too_large_for_float16_are_not_written(config, monkeypatch):
+    import ldmkit.recipes.encode as recipe
+
+    class Huge(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.config = model, model.config
+
+        def encode(self, images):
+            posterior = self.model.encode(images)
+            posterior.mean = posterior.mean + 1e5
+            return posterior
+
+    load = recipe.load_autoencoder
+    monkeypatch.setattr(recipe, "load_autoencoder", lambda *a: Huge(load(*a)))
+    with pytest.raises(DataError, match=r"not finite as torch.float16; try --dtype float32"):
+        ldmkit.encode(config)
+    assert not list(config.out.glob("*.safetensors"))
+    assert ldmkit.encode(config.model_copy(update={"dtype": "float32"})) == config.out
