@@ -23,7 +23,9 @@ def main(data: Path, out: Path) -> None:
             steps=STEPS,
             batch_size=4,
             preprocessing=PreprocessingConfig(size=32),
-            autoencoder=AutoencoderConfig(channels=8, multipliers=(1, 2), residual_blocks=1),
+            autoencoder=AutoencoderConfig(
+                channels=16, multipliers=(1, 2), residual_blocks=1, norm_groups=4
+            ),
             loss=AutoencoderLossConfig(disc_weight=0.0),
         )
     )
@@ -37,7 +39,7 @@ def main(data: Path, out: Path) -> None:
             out=out / "ldm",
             steps=STEPS,
             batch_size=4,
-            unet=UNetConfig(channels=32, multipliers=(1, 2), attention_factors=(2,)),
+            unet=UNetConfig(channels=32, multipliers=(1, 2), attention_factors=(2,), norm_groups=8),
         )
     )
 

@@ -1,9 +1,8 @@
 """Shared fixtures: a folder of small pictures, and a pipeline trained on it for a moment."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw
 
 import ldmkit
 from ldmkit import terminal
+from ldmkit.cli import app
 from ldmkit.configs import (
     AutoencoderConfig,
     AutoencoderLossConfig,
@@ -63,7 +63,9 @@ def ae_config(data: Path, out: Path, **changes) -> TrainAEConfig:
         "log_every": 1,
         "sample_every": 2,
         "preprocessing": PreprocessingConfig(size=SIZE, flip=True),
-        "autoencoder": AutoencoderConfig(channels=8, multipliers=(1, 2, 2), residual_blocks=1),
+        "autoencoder": AutoencoderConfig(
+            channels=8, multipliers=(1, 2, 2), residual_blocks=1, norm_groups=2
+        ),
         "loss": AutoencoderLossConfig(disc_start=2, disc_channels=8, disc_layers=1),
     }
     return TrainAEConfig.model_validate(settings | changes)
@@ -88,6 +90,7 @@ def diffusion_config(latents: Path, out: Path, **changes) -> TrainDiffusionConfi
             residual_blocks=1,
             attention_factors=(2,),
             head_channels=8,
+            norm_groups=4,
             context_channels=16,
         ),
     }
@@ -114,19 +117,35 @@ def pipeline(pictures, tmp_path_factory) -> Pipeline:
     return Pipeline(pictures, tmp_path_factory.mktemp("pipeline"))
 
 
-@pytest.fixture
-def run():
-    """Run `ldmkit ARGUMENTS` as a user would: another process, pipes for all three streams."""
+class Done(NamedTuple):
+    """What a command left."""
 
-    def call(*arguments: object, stdin: bytes = b"", **environment: str):
-        return subprocess.run(
-            [sys.executable, "-m", "ldmkit", *map(str, arguments)],
-            input=stdin,
-            capture_output=True,
-            timeout=120,
-            check=False,
-            env=os.environ | {"COLUMNS": "100"} | environment,
-        )
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+@pytest.fixture
+def run(capfdbinary, tmp_path_factory):
+    """Run `ldmkit ARGUMENTS` in this process, with real file descriptors for all three streams."""
+    input_file = tmp_path_factory.mktemp("stdin") / "stdin"
+
+    def call(*arguments: object, stdin: bytes = b"") -> Done:
+        input_file.write_bytes(stdin)
+        former = os.dup(0)
+        capfdbinary.readouterr()
+        with input_file.open("rb") as file:
+            os.dup2(file.fileno(), 0)
+        try:
+            app([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        finally:
+            os.dup2(former, 0)
+            os.close(former)
+        assert isinstance(code, int)
+        return Done(code, *capfdbinary.readouterr())
 
     return call
 

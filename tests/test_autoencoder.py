@@ -15,7 +15,7 @@ TINY = AutoencoderConfig(channels=8, multipliers=(1, 2, 2), residual_blocks=1)
 def test_presets_have_the_published_number_of_parameters(preset, millions):
     config = resolve("train-ae", TrainAEConfig, preset, None, {"data": "x"})
     with torch.device("meta"):
-        model = Autoencoder(config.autoencoder)
+        model = Autoencoder(config.autoencoder, 3)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.01)
 
@@ -23,10 +23,8 @@ def test_presets_have_the_published_number_of_parameters(preset, millions):
 @pytest.mark.parametrize("multipliers", [(1, 2), (1, 2, 2), (1, 1, 2, 2)])
 @pytest.mark.parametrize("image_channels", [1, 3])
 def test_shapes(multipliers, image_channels):
-    config = TINY.model_copy(
-        update={"multipliers": multipliers, "image_channels": image_channels, "latent_channels": 5}
-    )
-    model = Autoencoder(config)
+    config = TINY.model_copy(update={"multipliers": multipliers, "latent_channels": 5})
+    model = Autoencoder(config, image_channels)
     posterior = model.encode(torch.zeros(2, image_channels, 32, 48))
     assert posterior.mean.shape == (2, 5, 32 // config.factor, 48 // config.factor)
     assert model.decode(posterior.mean).shape == (2, image_channels, 32, 48)
@@ -34,7 +32,7 @@ def test_shapes(multipliers, image_channels):
 
 def test_attention_factors_and_middle_attention_add_their_blocks():
     def blocks(**changes):
-        model = Autoencoder(TINY.model_copy(update=changes))
+        model = Autoencoder(TINY.model_copy(update=changes), 3)
         return sum(name.endswith("qkv.weight") for name, _ in model.named_parameters())
 
     assert blocks() == 2  # one middle in the encoder, one in the decoder
@@ -82,7 +80,7 @@ def test_moments_are_summed_in_float32():
 
 def test_one_batch_overfits(generator):
     torch.manual_seed(0)
-    model = Autoencoder(TINY.model_copy(update={"channels": 16}))
+    model = Autoencoder(TINY.model_copy(update={"channels": 16}), 3)
     images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []

@@ -5,10 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ldmkit
-from conftest import SIZE, ae_config
-from ldmkit.configs import STREAM, EncodeConfig
+from conftest import SIZE, ae_config, diffusion_config
+from ldmkit.configs import STREAM, DecodeConfig, EncodeConfig, SampleConfig
 from ldmkit.container import read_header, read_messages
 from ldmkit.data.images import read_images
 from ldmkit.data.latents import LatentSet, read_manifest
@@ -154,6 +155,23 @@ def test_a_size_that_does_not_fit_is_refused(config):
     out = ldmkit.encode(config.model_copy(update={"size": 16}))
     assert out is not None
     assert read_manifest(out).latent_shape == (4, 4, 4)
+
+
+def test_one_channel_of_sixteen_bits_goes_through_both_stages(tmp_path):
+    data = tmp_path / "grey"
+    data.mkdir()
+    values = np.random.default_rng(0).integers(0, 65536, (4, SIZE, SIZE), dtype=np.uint16)
+    for number, array in enumerate(values):
+        Image.fromarray(array).save(data / f"{number}.png")
+    changes = {"preprocessing": {"size": SIZE, "channels": 1}, "steps": 1}
+    ae = ldmkit.train_ae(ae_config(data, tmp_path / "ae", **changes))
+    latents = ldmkit.encode(EncodeConfig(data=data, ae=ae, out=tmp_path / "latents"))
+    assert latents is not None
+    ldm = ldmkit.train_diffusion(diffusion_config(latents, tmp_path / "ldm", steps=1))
+    samples = ldmkit.sample(SampleConfig(model=ldm, num=2, steps=2, out=tmp_path / "s.safetensors"))
+    assert samples is not None
+    pictures = ldmkit.decode(DecodeConfig(samples=samples, ae=ae, out=tmp_path / "pictures"))
+    assert Image.open(pictures / "000001.png").mode == "L"
 
 
 def test_latents_too_large_for_float16_are_not_written(config, monkeypatch):

@@ -18,7 +18,7 @@ IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Autoencoder(AutoencoderConfig(channels=8, multipliers=(1, 2), residual_blocks=1))
+    return Autoencoder(AutoencoderConfig(channels=8, multipliers=(1, 2), residual_blocks=1), 3)
 
 
 @pytest.fixture

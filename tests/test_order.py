@@ -1,5 +1,7 @@
+import shutil
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from ldmkit.configs import PreprocessingConfig
 from ldmkit.data.images import split, training_batches
 from ldmkit.data.order import generator_for, indices_of_step, is_held_back, seed_for
 from ldmkit.data.sources import open_source
+from ldmkit.errors import DataError
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 2**70))
@@ -63,6 +66,17 @@ def test_batches_do_not_depend_on_workers_or_where_one_starts(pictures):
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], batches(4, 0, 2), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(whole, batches(0, 1, 6), strict=True))
     assert not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_is_named_whichever_process_reads_it(pictures, tmp_path, workers):
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data/circle/3.png").write_text("hello")
+    items = open_source(tmp_path / "data").items
+    config = PreprocessingConfig(size=16)
+    batches = training_batches(items, config, batch_size=12, seed=0, start=0, workers=workers)
+    with pytest.raises(DataError, match=r"^\S+circle/3.png is not a picture$"):
+        next(batches)
 
 
 def test_split_divides_by_key(pictures):

@@ -1,14 +1,24 @@
 import pytest
 import torch
 
+from ldmkit import terminal
+from ldmkit.assembly import build_autoencoder
 from ldmkit.conditioning.condition import Condition, dropped, stacked
 from ldmkit.conditioning.label import LabelConditioner
-from ldmkit.configs import DiffusionConfig, ScheduleConfig, TrainDiffusionConfig, UNetConfig
+from ldmkit.configs import (
+    AutoencoderConfig,
+    DiffusionConfig,
+    PreprocessingConfig,
+    ScheduleConfig,
+    TrainDiffusionConfig,
+    UNetConfig,
+)
 from ldmkit.facts import Whitening
 from ldmkit.latent_diffusion import LatentDiffusion
-from ldmkit.networks.blocks import timestep_embedding
+from ldmkit.networks.blocks import Norm, timestep_embedding
 from ldmkit.networks.unet import UNet
 from ldmkit.options import resolve
+from ldmkit.presets import PRESETS
 
 TINY = UNetConfig(
     channels=16,
@@ -16,6 +26,7 @@ TINY = UNetConfig(
     residual_blocks=1,
     attention_factors=(2,),
     head_channels=8,
+    norm_groups=4,
     context_channels=12,
 )
 
@@ -56,6 +67,32 @@ def test_shapes(multipliers, use_tokens):
     tokens = torch.zeros(2, 3, 12) if use_tokens else None
     out = model(torch.zeros(2, 4, 8, 12), torch.zeros(2), None, tokens, torch.zeros(2, 2, 8, 12))
     assert out.shape == (2, 4, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(192, 32), (48, 24), (32, 32), (20, 20), (7, 7), (74, 2)]
+)
+def test_norms_have_32_groups_or_the_largest_divisor(channels, groups):
+    assert Norm(32, 1e-5)(channels).num_groups == groups
+
+
+def test_no_preset_normalises_channels_one_by_one():
+    """It would take colours out of the autoencoder and the time step out of the U-Net."""
+    for command, presets in PRESETS.items():
+        for preset in presets.values():
+            defaults = UNetConfig() if command == "train-diffusion" else AutoencoderConfig()
+            network = preset.get("unet", preset.get("autoencoder", {}))
+            channels = network.get("channels", defaults.channels)
+            groups = network.get("norm_groups", defaults.norm_groups)
+            assert channels // Norm(groups, 0.0).groups_of(channels) >= 4
+
+
+def test_lone_channels_are_warned_of(capsys):
+    terminal.be_quiet(False)
+    build_autoencoder(AutoencoderConfig(channels=32, multipliers=(1,)), PreprocessingConfig())
+    assert "--autoencoder.norm-groups 32" in capsys.readouterr().err
+    build_autoencoder(AutoencoderConfig(channels=64, multipliers=(1,)), PreprocessingConfig())
+    assert capsys.readouterr().err == ""
 
 
 def test_it_starts_silent():

@@ -18,11 +18,14 @@ from ldmkit.errors import DataError
 from ldmkit.facts import AutoencoderFacts, DiffusionFacts, validated
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import load, require_tensors, save, versions
+from ldmkit.networks.blocks import Norm
+from ldmkit.terminal import say
 
 
-def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """An autoencoder with fresh weights from the global random generator."""
-    return Autoencoder(config)
+def build_autoencoder(config: AutoencoderConfig, preprocessing: PreprocessingConfig) -> Autoencoder:
+    """An autoencoder for such pictures, with fresh weights from the global random generator."""
+    _warn_of_lone_channels(config.channels, config.norm_groups, "--autoencoder.norm-groups")
+    return Autoencoder(config, preprocessing.channels)
 
 
 def save_autoencoder(
@@ -31,7 +34,7 @@ def save_autoencoder(
     """Write an autoencoder's model file."""
     facts = AutoencoderFacts(
         fingerprint="",
-        image_channels=model.config.image_channels,
+        image_channels=model.image_channels,
         factor=model.config.factor,
         latent_channels=model.config.latent_channels,
         preprocessing=preprocessing,
@@ -54,7 +57,9 @@ def load_autoencoder(path: Path | str, device: torch.device | str = "cpu") -> Au
         DataError: the file is missing, damaged, or no autoencoder.
     """
     header, tensors = load(Path(path), kind="autoencoder")
-    model = Autoencoder(validated(AutoencoderConfig, header.config, str(path)))
+    config = validated(AutoencoderConfig, header.config, str(path))
+    facts = validated(AutoencoderFacts, header.facts, str(path))
+    model = Autoencoder(config, facts.image_channels)
     require_tensors(model.state_dict(), tensors, str(path))
     model.load_state_dict(tensors)
     return model.to(device).eval().requires_grad_(False)
@@ -93,6 +98,8 @@ def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> Diffus
 
 def build_diffusion(config: DiffusionConfig) -> LatentDiffusion:
     """A diffusion model with fresh weights from the global random generator."""
+    unet = config.unet
+    _warn_of_lone_channels(unet.channels, unet.norm_groups, "--unet.norm-groups")
     return LatentDiffusion(config)
 
 
@@ -136,4 +143,12 @@ def require_same_autoencoder(wanted: str, path: Path, what: str) -> None:
         raise DataError(
             f"{what} were made with another autoencoder ({wanted[:12]}) than {path} ({found[:12]}); "
             "give the one they were made with"
+        )
+
+
+def _warn_of_lone_channels(channels: int, groups: int, option: str) -> None:
+    if Norm(groups, 0.0).groups_of(channels) == channels:
+        say(
+            f"warning: {option} {groups} puts each of the {channels} channels of the finest level into "
+            f"a group of its own, which erases colours and time steps; try {max(1, channels // 4)}"
         )

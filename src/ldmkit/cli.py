@@ -118,7 +118,7 @@ def run_command(
             traceback.print_exc()
         code = _explain(error)
     finally:
-        _close(output)
+        _give_stdout_back(output)
     raise typer.Exit(code)
 
 
@@ -166,7 +166,9 @@ def _take_stdout() -> BufferedIOBase:
     return os.fdopen(real, "wb")
 
 
-def _close(output: BufferedIOBase) -> None:
+def _give_stdout_back(output: BufferedIOBase) -> None:
+    sys.stdout.flush()
+    os.dup2(output.fileno(), 1)
     with contextlib.suppress(BrokenPipeError):  # the exit code tells it already
         output.close()
 

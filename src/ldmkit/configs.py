@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -49,7 +49,6 @@ class PreprocessingConfig(Config):
 class AutoencoderConfig(Config):
     """The networks of the first stage (Rombach et al. 2022, App. E)."""
 
-    image_channels: Positive = field(3, "Channels of the pictures")
     channels: Positive = field(128, "Channels of the finest level")
     multipliers: tuple[Positive, ...] = field(
         (1, 2, 4, 4), "Channel multiplier of each level; n levels shrink pictures by 2^(n-1)"
@@ -61,6 +60,9 @@ class AutoencoderConfig(Config):
         (), "Down-sampling factors whose levels have attention"
     )
     middle_attention: bool = field(True, "Attention at the coarsest level")
+    norm_groups: Positive = field(
+        32, "Groups of the group normalisations, or the largest number below that divides"
+    )
     latent_channels: Positive = field(4, "Channels z of the latents")
     dropout: Fraction = field(0.0, "Dropout probability in the residual blocks")
 
@@ -132,6 +134,16 @@ class TrainAEConfig(TrainingConfig):
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
 
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainAEConfig":
+        size, factor = self.preprocessing.size, self.autoencoder.factor
+        if size % factor:
+            raise ValueError(
+                f"--preprocessing.size {size} is not a multiple of {factor}, by which the "
+                "autoencoder's levels shrink pictures"
+            )
+        return self
+
 
 class EncodeConfig(Config):
     """Turn pictures into a set of latents, once; writes OUT/*.safetensors and OUT/manifest.json."""
@@ -165,8 +177,20 @@ class UNetConfig(Config):
     )
     head_channels: Positive | None = field(None, "Width of an attention head (default: one head)")
     transformer_depth: Positive = field(1, "Blocks of each spatial transformer")
+    norm_groups: Positive = field(
+        32, "Groups of the group normalisations, or the largest number below that divides"
+    )
     context_channels: Positive = field(512, "Width of the tokens that are attended to")
     dropout: Fraction = field(0.0, "Dropout probability in the residual blocks")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "UNetConfig":
+        for width in (self.channels * multiplier for multiplier in self.multipliers):
+            if self.head_channels and width % self.head_channels:
+                raise ValueError(
+                    f"attention heads of {self.head_channels} channels do not divide a level of {width}"
+                )
+        return self
 
 
 ParameterizationName = Literal["epsilon", "v"]

@@ -78,6 +78,8 @@ def sweep_temporaries(directory: Path) -> None:
 
 def flush_to_disk(path: Path) -> None:
     """Ask the operating system to have `path` (a file or a directory) on disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle for this; it writes directories through
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -206,10 +206,14 @@ def _sentence(error: ValidationError, config_class: type[Config]) -> str:
     dotted = ".".join(path)
     if problem["type"] == "extra_forbidden":
         return f"{dotted}: unknown setting{_nearest(dotted, known)}"
-    field = next((leaf for name, leaf in known.items() if dotted.startswith(name)), None)
+    field = next(
+        (leaf for name, leaf in known.items() if f"{dotted}.".startswith(f"{name}.")), None
+    )
     if problem["type"] == "missing":
         return f"{path[-1].upper()} is missing: {field.info.description if field else dotted}"
-    return f"{field.option if field else dotted}: {problem['msg']} (got {problem['input']!r})"
+    if field is None:  # a check of a whole config, whose message names what it is about
+        return problem["msg"].removeprefix("Value error, ")
+    return f"{field.option}: {problem['msg']} (got {problem['input']!r})"
 
 
 def _nearest(word: str, known: Mapping[str, Any]) -> str:

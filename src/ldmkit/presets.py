@@ -10,20 +10,25 @@ Settings = dict[str, Any]
 
 TINY_AE: Settings = {
     # The demo: 64 px pictures to 16 x 16 latents, minutes on two CPU cores.
-    "steps": 900,
+    "steps": 800,
     "batch_size": 8,
     "lr": 1e-3,
     "betas": [0.9, 0.99],
     "warmup": 50,
-    "cooldown": 450,
+    "cooldown": 400,
     "holdout": 0.05,
     "precision": "auto",
     "log_every": 25,
-    "sample_every": 300,
-    "save_every": 300,
+    "sample_every": 200,
+    "save_every": 200,
     "preprocessing": {"size": 64, "flip": True},
-    "autoencoder": {"channels": 32, "multipliers": [1, 2, 4], "residual_blocks": 1},
-    "loss": {"disc_start": 700, "disc_channels": 32, "disc_layers": 2},
+    "autoencoder": {
+        "channels": 32,
+        "multipliers": [1, 2, 4],
+        "residual_blocks": 1,
+        "norm_groups": 8,
+    },
+    "loss": {"kl_weight": 0.02, "disc_start": 650, "disc_channels": 32, "disc_layers": 2},
 }
 
 KL_F4: Settings = {
@@ -65,6 +70,7 @@ TINY_DIFFUSION: Settings = {
         "residual_blocks": 1,
         "attention_factors": [4],
         "head_channels": 32,
+        "norm_groups": 16,
         "context_channels": 128,
     },
 }

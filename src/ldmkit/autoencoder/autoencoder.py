@@ -12,16 +12,20 @@ class Autoencoder(nn.Module):
     """The paper's KL-regularised autoencoder (Rombach et al. 2022, Sec. 3.1).
 
     Its latents are raw: no scale is applied here. Diffusion whitens them, and only there.
+
+    Args:
+        config: widths and depths.
+        image_channels: of the pictures.
     """
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.image_channels = config, image_channels
         z = config.latent_channels
-        self.encoder = Encoder(config, out_channels=2 * z)
+        self.encoder = Encoder(config, image_channels=image_channels, out_channels=2 * z)
         self.to_moments = nn.Conv2d(2 * z, 2 * z, 1)  # "quant_conv" in the published checkpoints
         self.from_latents = nn.Conv2d(z, z, 1)  # "post_quant_conv"
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config, image_channels=image_channels)
 
     def encode(self, images: Images) -> GaussianPosterior:
         """The posterior over latents `[b, z, h/f, w/f]`; h and w must be multiples of f."""

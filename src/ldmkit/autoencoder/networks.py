@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldmkit.configs import AutoencoderConfig
-from ldmkit.networks.blocks import FeatureMap, ResidualBlock, SpatialAttention, Upsample, group_norm
+from ldmkit.networks.blocks import FeatureMap, Norm, ResidualBlock, SpatialAttention, Upsample
 from ldmkit.tensors import Images
 
 EPS = 1e-6
@@ -31,7 +31,7 @@ class Middle(nn.Sequential):
     """The coarsest stage: residual block, attention (unless switched off), residual block."""
 
     def __init__(self, channels: int, config: AutoencoderConfig) -> None:
-        attention = [_attention(channels)] if config.middle_attention else []
+        attention = [_attention(channels, config)] if config.middle_attention else []
         super().__init__(
             _block(channels, channels, config), *attention, _block(channels, channels, config)
         )
@@ -42,13 +42,16 @@ class Encoder(nn.Module):
 
     Args:
         config: the autoencoder's.
+        image_channels: of the pictures.
         out_channels: what the bottleneck asks for (2 z for the KL one).
     """
 
-    def __init__(self, config: AutoencoderConfig, out_channels: int) -> None:
+    def __init__(
+        self, config: AutoencoderConfig, *, image_channels: int, out_channels: int
+    ) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.multipliers]
-        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(image_channels, config.channels, 3, padding=1)
         self.levels = nn.ModuleList()
         channels = config.channels
         for level, width in enumerate(widths):
@@ -56,13 +59,13 @@ class Encoder(nn.Module):
             for _ in range(config.residual_blocks):
                 stages.append(_block(channels, width, config))
                 if 2**level in config.attention_factors:
-                    stages.append(_attention(width))
+                    stages.append(_attention(width, config))
                 channels = width
             if level < len(widths) - 1:
                 stages.append(Downsample(width))
             self.levels.append(stages)
         self.middle = Middle(channels, config)
-        self.norm_out = group_norm(channels, EPS)
+        self.norm_out = _norm(config)(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, images: Images) -> FeatureMap:
@@ -76,7 +79,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents back to images; the mirror of `Encoder`."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, *, image_channels: int) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         channels = widths[-1]
@@ -88,13 +91,13 @@ class Decoder(nn.Module):
             for _ in range(config.residual_blocks + 1):
                 stages.append(_block(channels, width, config))
                 if 2**level in config.attention_factors:
-                    stages.append(_attention(width))
+                    stages.append(_attention(width, config))
                 channels = width
             if level > 0:
                 stages.append(Upsample(width))
             self.levels.append(stages)
-        self.norm_out = group_norm(channels, EPS)
-        self.conv_out = nn.Conv2d(channels, config.image_channels, 3, padding=1)
+        self.norm_out = _norm(config)(channels)
+        self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
 
     def forward(self, latents: FeatureMap) -> Images:
         """Map `[b, z, y, x]` to `[b, c, f y, f x]`."""
@@ -105,8 +108,12 @@ class Decoder(nn.Module):
 
 
 def _block(channels: int, out_channels: int, config: AutoencoderConfig) -> ResidualBlock:
-    return ResidualBlock(channels, out_channels, dropout=config.dropout, eps=EPS)
+    return ResidualBlock(channels, out_channels, dropout=config.dropout, norm=_norm(config))
 
 
-def _attention(channels: int) -> SpatialAttention:
-    return SpatialAttention(channels, eps=EPS, zero_init=False)
+def _attention(channels: int, config: AutoencoderConfig) -> SpatialAttention:
+    return SpatialAttention(channels, norm=_norm(config), zero_init=False)
+
+
+def _norm(config: AutoencoderConfig) -> Norm:
+    return Norm(config.norm_groups, EPS)

@@ -18,17 +18,25 @@ AUGMENTATION = 1
 """Place in the seed tree of the draws for random crops and flips."""
 
 
-class TrainingImages(Dataset[Picture]):
-    """Pictures with random crops and flips drawn from (seed, position in the run)."""
+class TrainingImages(Dataset[Picture | DataError]):
+    """Pictures with random crops and flips drawn from (seed, position in the run).
+
+    A picture that cannot be read is returned as its error: raised here, in a reading process, its
+    sentence would reach the user wrapped in that process's traceback.
+    """
 
     def __init__(self, items: list[Item], config: PreprocessingConfig, seed: int) -> None:
         self.items, self.config, self.seed = items, config, seed
 
-    def __getitem__(self, place: tuple[int, int]) -> Picture:
+    def __getitem__(self, place: tuple[int, int]) -> Picture | DataError:
         """The picture at (index, position); see `order.indices_of_step`."""
         index, position = place
-        picture = read_picture(self.items[index], self.config.channels)
-        return preprocess(picture, self.config, generator_for(self.seed, AUGMENTATION, position))
+        draw = generator_for(self.seed, AUGMENTATION, position)
+        try:
+            picture = read_picture(self.items[index], self.config.channels)
+        except DataError as error:
+            return error
+        return preprocess(picture, self.config, draw)
 
 
 class Split(NamedTuple):
@@ -91,11 +99,19 @@ def training_batches(
     """Endless batches `[b, c, size, size]`, beginning with that of step `start`.
 
     The sequence does not depend on `workers`, the number of reading processes.
+
+    Raises:
+        DataError: a picture cannot be read; the message names it.
     """
     loader = DataLoader(
         TrainingImages(items, config, seed),
         batch_sampler=_StepBatches(len(items), batch_size, seed, start),
         num_workers=workers,
+        collate_fn=list,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    return iter(loader)
+    for pictures in loader:
+        bad = next((picture for picture in pictures if isinstance(picture, DataError)), None)
+        if bad is not None:
+            raise bad
+        yield torch.stack(pictures)

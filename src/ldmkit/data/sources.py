@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 
 from ldmkit.errors import DataError
+from ldmkit.terminal import say
 
 IMAGE_SUFFIXES = frozenset(
     ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -73,6 +74,9 @@ def open_source(path: Path) -> Source:
         raise DataError(
             f"no pictures found in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
         )
+    if source.ignored:
+        more = f" and {len(source.ignored) - 3} more" if len(source.ignored) > 3 else ""
+        say(f"passed over, not pictures: {', '.join(source.ignored[:3])}{more}")
     return source
 
 

@@ -6,6 +6,7 @@ arguments here (Rombach et al. 2022, App. E; the code published with it).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,23 @@ Embedding = Float[Tensor, "batch _width"]
 Tokens = Float[Tensor, "batch _count _width"]
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group normalisation with 32 groups, or the largest number below that divides `channels`."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+class Norm(NamedTuple):
+    """How a network normalises: number of groups (or the largest below that divides), epsilon.
+
+    As many groups as channels would take each channel's own mean out of it, and with it the colour
+    of a picture and the time embedding: narrow networks want fewer groups than the usual 32.
+    """
+
+    groups: int
+    eps: float
+
+    def __call__(self, channels: int) -> nn.GroupNorm:
+        """A group normalisation of this kind."""
+        return nn.GroupNorm(self.groups_of(channels), channels, eps=self.eps)
+
+    def groups_of(self, channels: int) -> int:
+        """How many groups so many channels get."""
+        return max(n for n in range(1, self.groups + 1) if channels % n == 0)
 
 
 def zeroed(module: nn.Conv2d) -> nn.Conv2d:
@@ -40,7 +55,7 @@ class ResidualBlock(nn.Module):
         out_channels: output channels; the skip gets a 1x1 convolution where they differ.
         embedding: width of the time embedding, or 0 for none (the autoencoder).
         dropout: probability.
-        eps: of the norms: 1e-6 in the autoencoder, 1e-5 in the U-Net.
+        norm: of both convolutions.
     """
 
     def __init__(
@@ -50,13 +65,13 @@ class ResidualBlock(nn.Module):
         *,
         embedding: int = 0,
         dropout: float = 0.0,
-        eps: float,
+        norm: Norm,
     ) -> None:
         super().__init__()
-        self.norm1 = group_norm(channels, eps)
+        self.norm1 = norm(channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.embed = nn.Linear(embedding, out_channels) if embedding else None
-        self.norm2 = group_norm(out_channels, eps)
+        self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if embedding:  # the U-Net's blocks start as the identity, the autoencoder's do not
@@ -79,14 +94,14 @@ class SpatialAttention(nn.Module):
     Args:
         channels: of the map, in and out.
         heads: attention heads; must divide `channels`.
-        eps: of the norm.
+        norm: before the projections.
         zero_init: start as the identity (the U-Net's do, the autoencoder's do not).
     """
 
-    def __init__(self, channels: int, *, heads: int = 1, eps: float, zero_init: bool) -> None:
+    def __init__(self, channels: int, *, heads: int = 1, norm: Norm, zero_init: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = group_norm(channels, eps)
+        self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         out = nn.Conv2d(channels, channels, 1)
         self.out = zeroed(out) if zero_init else out

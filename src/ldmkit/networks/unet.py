@@ -16,11 +16,11 @@ from ldmkit.configs import UNetConfig
 from ldmkit.networks.blocks import (
     Embedding,
     FeatureMap,
+    Norm,
     ResidualBlock,
     SpatialAttention,
     Tokens,
     Upsample,
-    group_norm,
     timestep_embedding,
     zeroed,
 )
@@ -92,9 +92,11 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer over the pixels of a feature map (Rombach et al. 2022, App. E.2.1)."""
 
-    def __init__(self, channels: int, *, heads: int, depth: int, context_width: int) -> None:
+    def __init__(
+        self, channels: int, *, heads: int, depth: int, context_width: int, norm: Norm
+    ) -> None:
         super().__init__()
-        self.norm = group_norm(channels, TRANSFORMER_EPS)
+        self.norm = norm(channels)
         self.project_in = nn.Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, context_width, heads) for _ in range(depth)
@@ -209,7 +211,7 @@ class UNet(nn.Module):
                 channels = width
             self.up.append(UpLevel(stages, Upsample(width) if level else None))
 
-        self.norm_out = group_norm(channels, EPS)
+        self.norm_out = Norm(config.norm_groups, EPS)(channels)
         self.conv_out = zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(
@@ -249,17 +251,23 @@ class UNet(nn.Module):
 
     def _residual(self, channels: int, width: int) -> ResidualBlock:
         return ResidualBlock(
-            channels, width, embedding=self.embedding_width, dropout=self.config.dropout, eps=EPS
+            channels,
+            width,
+            embedding=self.embedding_width,
+            dropout=self.config.dropout,
+            norm=Norm(self.config.norm_groups, EPS),
         )
 
     def _attention(self, channels: int) -> nn.Module:
-        head_channels = self.config.head_channels or channels
-        heads = channels // head_channels
+        config = self.config
+        heads = channels // (config.head_channels or channels)
         if not self.use_tokens:
-            return SpatialAttention(channels, heads=heads, eps=EPS, zero_init=True)
+            norm = Norm(config.norm_groups, EPS)
+            return SpatialAttention(channels, heads=heads, norm=norm, zero_init=True)
         return SpatialTransformer(
             channels,
             heads=heads,
-            depth=self.config.transformer_depth,
-            context_width=self.config.context_channels,
+            depth=config.transformer_depth,
+            context_width=config.context_channels,
+            norm=Norm(config.norm_groups, TRANSFORMER_EPS),
         )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -44,11 +45,13 @@ def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
     sweep_temporaries(config.out)
     shown: list[Pixels] = []
     done = total = 0
-    for latents, names, facts in _blocks(config, stream, source):
-        if not done:
-            require_same_autoencoder(facts.autoencoder, config.ae, f"the samples in {source}")
-            total = facts.total
-        with track("decode", total, done=done, unit="picture") as progress:
+    with ExitStack() as stack:
+        progress = None
+        for latents, names, facts in _blocks(config, stream, source):
+            if progress is None:
+                require_same_autoencoder(facts.autoencoder, config.ae, f"the samples in {source}")
+                total = facts.total
+                progress = stack.enter_context(track("decode", total, unit="picture"))
             for first in range(0, len(latents), config.batch_size):
                 part = slice(first, first + config.batch_size)
                 pixels = decode_pixels(model, latents[part].to(device))

@@ -30,9 +30,9 @@ def plan_train_ae(config: TrainAEConfig) -> list[str]:
     training, held_back = split(source.items, config.holdout)
     images = read_images(training[: config.batch_size], config.preprocessing)
     with torch.device("meta"):
-        model = build_autoencoder(config.autoencoder)
+        model = build_autoencoder(config.autoencoder, config.preprocessing)
         discriminator = PatchDiscriminator(
-            config.autoencoder.image_channels,
+            config.preprocessing.channels,
             channels=config.loss.disc_channels,
             layers=config.loss.disc_layers,
         )

@@ -50,10 +50,10 @@ def train_ae(config: TrainAEConfig) -> Path:
     open_run(config)
 
     torch.manual_seed(seed_for(config.seed, WEIGHTS))
-    model = build_autoencoder(config.autoencoder).to(device)
     loss = config.loss
+    model = build_autoencoder(config.autoencoder, config.preprocessing).to(device)
     discriminator = PatchDiscriminator(
-        config.autoencoder.image_channels, channels=loss.disc_channels, layers=loss.disc_layers
+        config.preprocessing.channels, channels=loss.disc_channels, layers=loss.disc_layers
     ).to(device)
     perceptual = perceptual.to(device) if perceptual else None
     optimizer = torch.optim.Adam(model.parameters(), config.lr, config.betas, fused=True)
@@ -77,6 +77,7 @@ def train_ae(config: TrainAEConfig) -> Path:
         workers=config.workers,
     )
 
+    means: dict[str, float] = {}
     with (
         Interruption() as stop,
         track("train-ae", config.steps, done=start, unit="step") as progress,
@@ -84,7 +85,7 @@ def train_ae(config: TrainAEConfig) -> Path:
         for step in range(start, config.steps + 1):
             saving = stop.requested or due(step, config.save_every, config.steps)
             if saving or due(step, config.log_every, config.steps):
-                log.write_means(step, config.batch_size)
+                means = log.write_means(step, config.batch_size) or means
             if due(step, config.sample_every, config.steps) and step > start:
                 pictures = read_images((held_back or training)[:PREVIEWS], config.preprocessing)
                 sheet = grid(compare(model, pictures.to(device)), PREVIEWS)
@@ -138,7 +139,7 @@ def train_ae(config: TrainAEConfig) -> Path:
                 }
 
             log.add(scalars)
-            progress.advance(note=f"l1 {float(terms.pixel.detach()):.4f}")
+            progress.advance(note=f"l1 {means['pixel']:.4f}" if means else "")
 
     quality = evaluate(model, held_back, config.preprocessing, config.batch_size)
     if quality:

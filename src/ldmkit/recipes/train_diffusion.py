@@ -83,14 +83,15 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
     log = RunLog(config.out, start, tensorboard=config.tensorboard)
     autocast = autocast_for(device, config.precision)
 
+    means: dict[str, float] = {}
     with (
         Interruption() as stop,
-        track("train-diffusion", config.steps, done=start, unit="step") as bar,
+        track("train-diffusion", config.steps, done=start, unit="step") as progress,
     ):
         for step in range(start, config.steps + 1):
             saving = stop.requested or due(step, config.save_every, config.steps)
             if saving or due(step, config.log_every, config.steps):
-                log.write_means(step, config.batch_size)
+                means = log.write_means(step, config.batch_size) or means
             if autoencoder and due(step, config.sample_every, config.steps) and step > start:
                 pixels = preview(average, autoencoder, manifest, config)
                 log.picture(step, "samples", grid(pixels, COLUMNS))
@@ -124,7 +125,7 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
             optimizer.step()
             update_average(average, model, step, config.ema_decay)
             log.add({"loss": loss})
-            bar.advance(note=f"loss {float(loss.detach()):.4f}")
+            progress.advance(note=f"loss {means['loss']:.4f}" if means else "")
 
     facts = DiffusionFacts(
         fingerprint="",
