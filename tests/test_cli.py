@@ -30,6 +30,11 @@ def shell(command, **variables):
     )
 
 
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def one_sentence(done, code, *words):
     """The exit code, nothing on stdout, one line on stderr that starts with "error:"."""
     assert done.returncode == code, done.stderr.decode()
@@ -54,7 +59,7 @@ def test_a_pipeline_of_64_pictures_and_a_grid(pipeline, tmp_path):
     assert len(names) == 65
     assert names[:2] == ["000000-circle.png", "000001-square.png"]
     assert names[-1] == "grid.png"
-    assert Image.open(tmp_path / "out/000000-circle.png").size == (32, 32)
+    assert pixels_of(tmp_path / "out/000000-circle.png").shape == (32, 32, 3)
 
 
 def test_encode_streams_into_inspect(pipeline):
@@ -151,7 +156,7 @@ def test_batch_size_does_not_change_a_picture(pipeline, tmp_path, run):
         run("sample", pipeline.ldm, *options, "--batch-size", batch, "--out", samples)
         done = run("decode", samples, "--ae", pipeline.ae, "--batch-size", batch, "--out", out)
         assert done.returncode == 0, done.stderr.decode()
-        found[batch] = {path.name: np.asarray(Image.open(path)) for path in out.iterdir()}
+        found[batch] = {path.name: pixels_of(path) for path in out.iterdir()}
     assert found[1].keys() == found[16].keys()
     for name, pixels in found[1].items():
         assert np.array_equal(pixels, found[16][name]), name
@@ -269,6 +274,8 @@ def test_a_stream_that_ends_early_is_an_error(pipeline, tmp_path, run):
     one_sentence(run(*decode, stdin=stream[:-1]), 3, "middle of a message")
     one_sentence(run(*decode, stdin=b""), 3, "no samples")
     one_sentence(run("inspect", stdin=b""), 3, "empty")
+    one_sentence(run("inspect", stdin=first), 3, "after 2 of 4 samples")
+    assert json.loads(run("inspect", "--json", stdin=stream).stdout)["samples"] == 4
 
 
 def test_a_reader_that_leaves_is_a_broken_pipe(pipeline):

@@ -171,24 +171,28 @@ def test_one_channel_of_sixteen_bits_goes_through_both_stages(tmp_path):
     samples = ldmkit.sample(SampleConfig(model=ldm, num=2, steps=2, out=tmp_path / "s.safetensors"))
     assert samples is not None
     pictures = ldmkit.decode(DecodeConfig(samples=samples, ae=ae, out=tmp_path / "pictures"))
-    assert Image.open(pictures / "000001.png").mode == "L"
+    with Image.open(pictures / "000001.png") as image:
+        assert image.mode == "L"
 
 
 def test_latents_too_large_for_float16_are_not_written(config, monkeypatch):
     import ldmkit.recipes.encode as recipe
 
-    class Huge(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model, self.config = model, model.config
+    load = recipe.load_autoencoder
 
-        def encode(self, images):
-            posterior = self.model.encode(images)
+    def load_huge(*arguments):
+        model = load(*arguments)
+        encode = model.encode
+
+        def huge(images):
+            posterior = encode(images)
             posterior.mean = posterior.mean + 1e5
             return posterior
 
-    load = recipe.load_autoencoder
-    monkeypatch.setattr(recipe, "load_autoencoder", lambda *a: Huge(load(*a)))
+        model.encode = huge
+        return model
+
+    monkeypatch.setattr(recipe, "load_autoencoder", load_huge)
     with pytest.raises(DataError, match=r"not finite as torch.float16; try --dtype float32"):
         ldmkit.encode(config)
     assert not list(config.out.glob("*.safetensors"))

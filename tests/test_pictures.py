@@ -32,7 +32,8 @@ def test_rgb_round_trip_is_exact(tmp_path):
     assert picture.min() >= -1
     assert picture.max() <= 1
     save_png(tmp_path / "x.png", to_pixels(picture[None])[0])
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), pixels)
+    with Image.open(tmp_path / "x.png") as image:
+        assert np.array_equal(np.asarray(image), pixels)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -10,10 +10,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -62,7 +62,7 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool | None) -> None:
     if wanted:
         print(ldmkit.__version__)
         raise typer.Exit
@@ -70,13 +70,10 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
-        False,
-        "--version",
-        callback=_print_version,
-        is_eager=True,
-        help="Print the version and exit",
-    ),
+    version: Annotated[
+        bool | None,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version"),
+    ] = None,
 ) -> None:
     del version  # its callback did the work
 
@@ -101,24 +98,22 @@ def run_command(
         as_json: print the report as JSON.
     """
     terminal.be_quiet(quiet)
-    output = _take_stdout()
     code = 0
-    try:
-        config = resolve()
-        if dry_run:
-            from ldmkit.recipes.plan import plan
+    with _guarded_stdout() as output:
+        try:
+            config = resolve()
+            if dry_run:
+                from ldmkit.recipes.plan import plan
 
-            terminal.say(plan(config))
-            output.write(to_toml(config).encode())
-        else:
-            output.write(_call(name, config, output, as_json).encode())
-        output.flush()
-    except BaseException as error:
-        if debug:
-            traceback.print_exc()
-        code = _explain(error)
-    finally:
-        _give_stdout_back(output)
+                terminal.say(plan(config))
+                output.write(to_toml(config).encode())
+            else:
+                output.write(_call(name, config, output, as_json).encode())
+            output.flush()
+        except BaseException as error:
+            if debug:
+                traceback.print_exc()
+            code = _explain(error)
     raise typer.Exit(code)
 
 
@@ -128,10 +123,12 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
     if name == "inspect":
         from ldmkit.recipes.inspect import as_text
 
-        report = work(config, _stdin_for(config.path))
+        with _stdin_for(config.path) as stream:
+            report = work(config, stream)
         return (json.dumps(report, ensure_ascii=False) if as_json else as_text(report)) + "\n"
     if name == "decode":
-        return f"{work(config, _stdin_for(config.samples))}\n"
+        with _stdin_for(config.samples) as stream:
+            return f"{work(config, stream)}\n"
     if name in ("encode", "sample"):
         path = work(config, _stdout_for(config.out, output, name))
         return f"{path}\n" if path is not None else ""
@@ -148,29 +145,34 @@ def _stdout_for(out: Path, output: BufferedIOBase, name: str) -> BufferedIOBase 
     return output
 
 
-def _stdin_for(source: Path) -> BufferedIOBase | None:
+@contextlib.contextmanager
+def _stdin_for(source: Path) -> Iterator[BufferedIOBase | None]:
     if source != configs.STREAM:
-        return None
-    if sys.stdin.isatty():
+        yield None
+        return
+    if os.isatty(0):
         raise UsageError(
             "nothing is piped in: name a file, or pipe `ldmkit sample` or `encode` into this"
         )
-    return os.fdopen(os.dup(0), "rb")
+    with os.fdopen(os.dup(0), "rb") as stream:
+        yield stream
 
 
-def _take_stdout() -> BufferedIOBase:
-    """The real standard output as bytes; from here on everything else that prints goes to stderr."""
+@contextlib.contextmanager
+def _guarded_stdout() -> Iterator[BufferedIOBase]:
+    """The real standard output as bytes; all else that prints in the block goes to stderr."""
     sys.stdout.flush()
     real = os.dup(1)
+    output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    return os.fdopen(real, "wb")
-
-
-def _give_stdout_back(output: BufferedIOBase) -> None:
-    sys.stdout.flush()
-    os.dup2(output.fileno(), 1)
-    with contextlib.suppress(BrokenPipeError):  # the exit code tells it already
-        output.close()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield output
+    finally:
+        os.dup2(real, 1)
+        os.close(real)
+        with contextlib.suppress(BrokenPipeError):  # the exit code tells it already
+            output.close()
 
 
 def _explain(error: BaseException) -> int:

@@ -60,6 +60,10 @@ def _stream(stream: BufferedIOBase) -> dict[str, Any]:
         raise DataError("standard input is empty: the command before it wrote nothing")
     if "latents" in kinds and last.kind != "manifest":
         raise DataError("standard input ended before the manifest: its writer was stopped")
+    if last.kind == "samples" and samples != last.facts.get("total"):
+        raise DataError(
+            f"standard input ended after {samples} of {last.facts.get('total')} samples"
+        )
     return {
         "kind": "stream",
         "messages": kinds,
@@ -110,7 +114,9 @@ def _lines(value: dict[str, Any], indent: str) -> list[str]:
     for key, item in value.items():
         if isinstance(item, dict) and item:
             lines += [f"{indent}{key}:", *_lines(item, indent + "  ")]
-        elif isinstance(item, list) and len(item) > 12:
+        elif isinstance(item, list) and (
+            len(item) > 12 or any(isinstance(part, dict) for part in item)
+        ):
             lines.append(f"{indent}{key}: {len(item)} entries (--json lists them)")
         else:
             lines.append(f"{indent}{key}: {item}")

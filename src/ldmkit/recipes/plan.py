@@ -107,7 +107,7 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def size(count: float) -> str:
+def size(count: int) -> str:
     """Bytes for people: 3.2 MB, 1.5 GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
