@@ -43,7 +43,7 @@ class PreprocessingConfig(Config):
         "bicubic", "Filter that brings the shorter side to the size (anti-aliased)"
     )
     crop: Literal["center", "random"] = field("center", "Which square is cut from the longer side")
-    flip: bool = field(False, "Mirror every second training picture (left and right)")
+    flip: bool = field(False, "Mirror half of the training pictures at random (left and right)")
 
 
 class AutoencoderConfig(Config):

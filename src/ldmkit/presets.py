@@ -10,17 +10,17 @@ Settings = dict[str, Any]
 
 TINY_AE: Settings = {
     # The demo: 64 px pictures to 16 x 16 latents, minutes on two CPU cores.
-    "steps": 800,
+    "steps": 700,
     "batch_size": 8,
     "lr": 1e-3,
     "betas": [0.9, 0.99],
     "warmup": 50,
-    "cooldown": 400,
+    "cooldown": 350,
     "holdout": 0.05,
     "precision": "auto",
     "log_every": 25,
-    "sample_every": 200,
-    "save_every": 200,
+    "sample_every": 175,
+    "save_every": 175,
     "preprocessing": {"size": 64, "flip": True},
     "autoencoder": {
         "channels": 32,
@@ -28,7 +28,7 @@ TINY_AE: Settings = {
         "residual_blocks": 1,
         "norm_groups": 8,
     },
-    "loss": {"kl_weight": 0.02, "disc_start": 650, "disc_channels": 32, "disc_layers": 2},
+    "loss": {"kl_weight": 0.02, "disc_start": 580, "disc_channels": 32, "disc_layers": 2},
 }
 
 KL_F4: Settings = {
@@ -54,16 +54,19 @@ KL_F8: Settings = {
 }
 
 TINY_DIFFUSION: Settings = {
-    # The demo: 16 x 16 latents, minutes on two CPU cores.
-    "steps": 1500,
-    "batch_size": 32,
+    # The demo: 16 x 16 latents, minutes on two CPU cores. v, and the schedule of the paper's
+    # text-to-image model, because they learn layouts in so few steps (docs/log.md).
+    "steps": 2600,
+    "batch_size": 16,
     "lr": 1e-3,
     "warmup": 100,
-    "cooldown": 500,
+    "cooldown": 900,
+    "parameterization": "v",
+    "schedule": {"beta_start": 0.00085, "beta_end": 0.012},
     "precision": "auto",
     "log_every": 50,
-    "sample_every": 500,
-    "save_every": 500,
+    "sample_every": 650,
+    "save_every": 650,
     "unet": {
         "channels": 64,
         "multipliers": [1, 2, 2],

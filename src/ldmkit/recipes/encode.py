@@ -197,6 +197,7 @@ def _encode_shard(
         mean = std = torch.empty(
             0, model.config.latent_channels, size, size, dtype=STORED_DTYPES[config.dtype]
         )
+    tensors = shard_tensors(mean, std, kept)
     facts = ShardFacts(
         fingerprint="",
         recipe=recipe,
@@ -205,7 +206,7 @@ def _encode_shard(
         skipped=tuple(skipped),
         moments=moments_of(mean, std),
     )
-    return Shard(shard_tensors(mean, std, kept), facts)
+    return Shard(tensors, facts)
 
 
 def _readable(
