@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ldmkit
 from conftest import ae_config
 from ldmkit.configfile import to_toml
+from ldmkit.configs import STREAM
 from ldmkit.container import read_messages
-from ldmkit.errors import NonFiniteError
+from ldmkit.errors import NonFiniteError, UsageError
 
 LDMKIT = f"{sys.executable} -m ldmkit"
 
@@ -73,6 +75,13 @@ def test_encode_streams_into_inspect(pipeline):
     assert report["schema_version"] == 1
     assert report["messages"] == {"latents": 3, "manifest": 1}
     assert report["samples"] == 12
+
+
+def test_from_python_a_stream_has_to_be_given(pipeline):
+    with pytest.raises(UsageError, match="no stream"):
+        ldmkit.sample(ldmkit.SampleConfig(model=pipeline.ldm))
+    with pytest.raises(UsageError, match="no stream"):
+        ldmkit.encode(ldmkit.EncodeConfig(data=pipeline.data, ae=pipeline.ae, out=STREAM))
 
 
 def test_every_commands_stdout_is_data_and_nothing_else(pipeline, tmp_path, run):

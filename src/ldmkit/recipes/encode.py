@@ -26,7 +26,7 @@ from ldmkit.data.latents import (
 from ldmkit.data.pictures import Picture
 from ldmkit.data.sources import Item, open_source
 from ldmkit.durable import sweep_temporaries
-from ldmkit.errors import DataError
+from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import AutoencoderFacts, Facts, Manifest, ShardEntry, ShardFacts, validated
 from ldmkit.modelfile import load, save, write_message
 from ldmkit.terminal import Track, say, track
@@ -52,7 +52,10 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
 
     Raises:
         DataError: a picture cannot be used (beyond `max_bad`), or OUT holds a set made differently.
+        UsageError: `config.out` is `-` and there is no stream.
     """
+    if config.out == STREAM and stream is None:
+        raise UsageError("out is `-`, and no stream was given to write to")
     facts = autoencoder_facts(config.ae)
     preprocessing = encoding_preprocessing(config, facts)
     source = open_source(config.data)
@@ -63,8 +66,7 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
         "shard_size": config.shard_size,
         "items": items_digest(source.items),
     }
-    streaming = config.out == STREAM
-    if not streaming and _committed(config.out, recipe, force=config.force):
+    if stream is None and _committed(config.out, recipe, force=config.force):
         say(f"{config.out} is complete")
         return config.out
 
@@ -76,18 +78,18 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
         for number, start in enumerate(range(0, len(source.items), config.shard_size)):
             items = source.items[start : start + config.shard_size]
             path = config.out / shard_name(number)
-            shard_facts = None if streaming else _kept(path, recipe, start)
+            shard_facts = _kept(path, recipe, start) if stream is None else None
             if shard_facts is None:
                 shard = _encode_shard(model, items, start, recipe, config, preprocessing, progress)
                 shard_facts = shard.facts
                 dump = shard_facts.model_dump(mode="json")
-                if streaming and stream is not None:
+                if stream is not None:
                     write_message(stream, shard.tensors, kind="latents", config={}, facts=dump)
                 else:
                     save(path, shard.tensors, kind="latents", config={}, facts=dump)
             else:
                 progress.advance(len(items))
-            written.append((_entry(path, shard_facts, streaming), shard_facts))
+            written.append((_entry(path, shard_facts, stream is not None), shard_facts))
             skipped = [pair for _, done in written for pair in done.skipped]
             if len(skipped) > allowed:
                 raise DataError(
@@ -99,7 +101,7 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
         recipe, source.class_names, (facts.latent_channels, size, size), written
     )
     _report(manifest)
-    if streaming and stream is not None:
+    if stream is not None:
         write_message(
             stream, {}, kind="manifest", config={}, facts=manifest.model_dump(mode="json")
         )

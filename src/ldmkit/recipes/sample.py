@@ -8,7 +8,7 @@ import torch
 
 from ldmkit.assembly import diffusion_facts, load_diffusion
 from ldmkit.conditioning.condition import stacked
-from ldmkit.configs import SampleConfig
+from ldmkit.configs import STREAM, SampleConfig
 from ldmkit.data.order import generator_for
 from ldmkit.diffusion.denoiser import guided
 from ldmkit.diffusion.samplers import sample_ddim
@@ -36,9 +36,11 @@ def sample(config: SampleConfig, stream: BufferedIOBase | None = None) -> Path |
         The sample file; None if it was streamed.
 
     Raises:
-        UsageError: an unknown class, or more steps than the model has.
+        UsageError: an unknown class, more steps than the model has, or `-` without a stream.
         DataError: the model file cannot be used.
     """
+    if config.out == STREAM and stream is None:
+        raise UsageError("out is `-`, and no stream was given to write to")
     facts = diffusion_facts(config.model)
     labels = choose_labels(config, facts)
     device = pick_device(config.device)
