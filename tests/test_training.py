@@ -13,6 +13,7 @@ from ldmkit.training.checkpoint import TrainingState, saved_checkpoints
 from ldmkit.training.interruption import Interruption
 from ldmkit.training.optimization import averaged_copy, learning_rate, update_average
 from ldmkit.training.runlog import RunLog
+from ldmkit.training.runtime import CPU_GROUP, groups_of
 
 STEPS = 6
 
@@ -222,6 +223,18 @@ def test_the_learning_rate_rises_stays_and_falls(pipeline, tmp_path):
     config = ae_config(pipeline.data, tmp_path, steps=10, warmup=2, cooldown=4)
     rates = [learning_rate(8.0, step, config) for step in range(10)]
     assert rates == [4.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0]
+
+
+def test_groups_cover_every_sample_once_and_are_always_full_on_the_cpu():
+    for count in range(1, 9):
+        for batch_size in (1, 3, 16):
+            found, sizes = [], set()
+            for indices, kept in groups_of(count, batch_size, torch.device("cpu")):
+                found += indices[:kept].tolist()
+                sizes.add(len(indices))
+            assert found == list(range(count))
+            assert sizes == {CPU_GROUP}
+    assert [kept for _, kept in groups_of(5, 3, torch.device("cuda"))] == [3, 2]
 
 
 def test_a_second_ctrl_c_leaves_at_once():

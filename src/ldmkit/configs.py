@@ -18,9 +18,9 @@ STREAM = Path("-")
 """Stands for standard input or standard output."""
 
 
-def field(default: Any, text: str) -> Any:  # noqa: ANN401 - pydantic's own Field returns Any
-    """A field with its default and its help text."""
-    return Field(default, description=text)
+def field(default: Any, text: str, *, short: str = "") -> Any:  # noqa: ANN401 - as pydantic's Field
+    """A field with its default, its help text and perhaps a one-letter option."""
+    return Field(default, description=text, json_schema_extra={"short": short} if short else None)
 
 
 def argument(text: str, default: Any = ...) -> Any:  # noqa: ANN401
@@ -150,11 +150,7 @@ class EncodeConfig(Config):
 
     data: Path = argument("Folder of pictures (class subfolders allowed), or webdataset tar(s)")
     ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")
-    out: Path = Field(
-        Path("runs/latents"),
-        description="Directory of the latent set; - streams it",
-        json_schema_extra={"short": "-o"},
-    )
+    out: Path = field(Path("runs/latents"), "Directory of the latent set; - streams it", short="-o")
     size: Positive | None = field(None, "Picture size, pixels (default: what the autoencoder saw)")
     shard_size: Positive = field(1024, "Pictures for each shard file")
     batch_size: Positive = field(32, "Pictures encoded at once")
@@ -251,10 +247,8 @@ class SampleConfig(Config):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
 
     model: Path = argument("Diffusion model file")
-    out: Path = Field(
-        STREAM,
-        description="Sample file (*.safetensors); - streams to standard output",
-        json_schema_extra={"short": "-o"},
+    out: Path = field(
+        STREAM, "Sample file (*.safetensors); - streams to standard output", short="-o"
     )
     num: Positive = field(16, "How many samples")
     label: tuple[str, ...] = field(
@@ -264,7 +258,10 @@ class SampleConfig(Config):
     guidance: Weight = field(2.0, "Classifier-free guidance weight; 1 = off")
     eta: Annotated[float, Field(ge=0, le=1)] = field(0.0, "Noise put back by DDIM; 1 = DDPM")
     seed: Count = field(0, "Seed of the first sample; the next ones count up")
-    batch_size: Positive = field(16, "Samples drawn at once; the result does not depend on it")
+    batch_size: Positive = field(
+        16,
+        "Samples in a message and, but on the CPU, drawn at once; the result does not depend on it",
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
 
 
@@ -273,10 +270,10 @@ class DecodeConfig(Config):
 
     samples: Path = argument("Sample file; - reads standard input", STREAM)
     ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")
-    out: Path = Field(
-        Path("samples"), description="Directory for the pictures", json_schema_extra={"short": "-o"}
+    out: Path = field(Path("samples"), "Directory for the pictures", short="-o")
+    batch_size: Positive = field(
+        16, "Samples decoded at once (on the CPU always two); the result does not depend on it"
     )
-    batch_size: Positive = field(16, "Samples decoded at once; the result does not depend on it")
     device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
 
 

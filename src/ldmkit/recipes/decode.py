@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ldmkit.assembly import load_autoencoder, require_same_autoencoder
-from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.configs import STREAM, DecodeConfig
 from ldmkit.durable import atomic_file, sweep_temporaries
 from ldmkit.errors import DataError
@@ -18,11 +17,9 @@ from ldmkit.modelfile import load_messages
 from ldmkit.pixels import Pixels, grid, save_png, to_pixels
 from ldmkit.tensors import Latents
 from ldmkit.terminal import say, track
-from ldmkit.training.runtime import pick_device
+from ldmkit.training.runtime import groups_of, pick_device
 
 MAX_GRID = 256
-MIN_BATCH = 2
-"""A batch of one runs other kernels than a larger one and rounds differently; it is padded."""
 
 
 def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
@@ -52,13 +49,13 @@ def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
                 require_same_autoencoder(facts.autoencoder, config.ae, f"the samples in {source}")
                 total = facts.total
                 progress = stack.enter_context(track("decode", total, unit="picture"))
-            for first in range(0, len(latents), config.batch_size):
-                part = slice(first, first + config.batch_size)
-                pixels = decode_pixels(model, latents[part].to(device))
-                _save(config.out, names[part], pixels)
+            for group, kept in groups_of(len(latents), config.batch_size, device):
+                with torch.inference_mode():
+                    pixels = to_pixels(model.decode(latents[group].to(device)))[:kept]
+                _save(config.out, [names[index] for index in group[:kept]], pixels)
                 shown += [pixels] if done < MAX_GRID else []
-                done += len(pixels)
-                progress.advance(len(pixels))
+                done += kept
+                progress.advance(kept)
     if done != total or not total:
         raise DataError(
             f"{source} ended after {done} of {total} samples"
@@ -70,15 +67,6 @@ def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
         save_png(temporary, grid(pictures, columns=max(1, round(len(pictures) ** 0.5))))
     say(f"{done} pictures and grid.png in {config.out}")
     return config.out
-
-
-@torch.inference_mode()
-def decode_pixels(model: Autoencoder, latents: Latents) -> Pixels:
-    """8-bit pictures of raw latents, the same whatever the batch."""
-    count = len(latents)
-    if count < MIN_BATCH:
-        latents = latents.expand(MIN_BATCH, -1, -1, -1)
-    return to_pixels(model.decode(latents)[:count])
 
 
 def picture_name(seed: int, label: int, class_names: tuple[str, ...]) -> str:

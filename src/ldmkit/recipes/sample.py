@@ -18,11 +18,9 @@ from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import save, versions, write_message
 from ldmkit.tensors import Labels, Latents, Noise
 from ldmkit.terminal import track
-from ldmkit.training.runtime import pick_device
+from ldmkit.training.runtime import groups_of, pick_device
 
 NO_CLASS = "none"
-MIN_BATCH = 2
-"""A batch of one runs other kernels than a larger one and rounds differently; it is padded."""
 
 
 def sample(config: SampleConfig, stream: BufferedIOBase | None = None) -> Path | None:
@@ -55,7 +53,13 @@ def sample(config: SampleConfig, stream: BufferedIOBase | None = None) -> Path |
     with track("sample", config.num, unit="sample") as progress:
         for first in range(0, config.num, config.batch_size):
             rows = slice(first, first + config.batch_size)
-            latents = draw(model, facts, config, seeds[rows], labels[rows])
+            groups = groups_of(len(seeds[rows]), config.batch_size, device)
+            latents = torch.cat(
+                [
+                    draw(model, facts, config, seeds[rows][group], labels[rows][group])[:kept]
+                    for group, kept in groups
+                ]
+            )
             if stream is not None:
                 write_message(
                     stream, **_block(latents, seeds[rows], labels[rows], facts, config.num, first)
@@ -78,16 +82,14 @@ def draw(
     labels: Labels,
 ) -> Latents:
     """Raw latents `[n, z, h, w]` (CPU, float32) for n seeds and labels (-1: no class)."""
-    count = max(len(seeds), MIN_BATCH)
-    labels = torch.cat([labels, labels.new_full((count - len(labels),), -1)])
-    noise = seeded_noise([int(seed) for seed in seeds] + [0] * (count - len(seeds)))
+    noise = seeded_noise(seeds.tolist())
     condition = model.condition(labels)
     denoise = model.denoise
     if config.guidance != 1.0 and model.config.classes:
-        condition = stacked(condition, model.null(count))
+        condition = stacked(condition, model.null(len(seeds)))
         denoise = guided(model.denoise, config.guidance)
     sigmas = model.schedule.steps(config.steps)
-    start = noise(torch.empty(count, *facts.latent_shape, device=model.latent_mean.device))
+    start = noise(torch.empty(len(seeds), *facts.latent_shape, device=model.latent_mean.device))
     x = sample_ddim(
         lambda x, sigma: denoise(x, sigma, condition),
         model.schedule.initial(start, float(sigmas[0])),
@@ -95,7 +97,7 @@ def draw(
         noise=noise,
         eta=config.eta,
     )
-    return model.unwhiten(x)[: len(seeds)].cpu()
+    return model.unwhiten(x).cpu()
 
 
 def seeded_noise(seeds: list[int]) -> Noise:

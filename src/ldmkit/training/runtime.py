@@ -1,13 +1,16 @@
 """Where and how precisely to compute."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ldmkit.errors import UsageError
 from ldmkit.tensors import Noise
+
+CPU_GROUP = 2
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,6 +50,23 @@ def _fast_bfloat16(device: torch.device) -> bool:
         ask = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return bool(ask())
     return False
+
+
+def groups_of(
+    count: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[Int[Tensor, " width"], int]]:
+    """Divide `count` samples into the groups that go through a network at once.
+
+    On the CPU a group always has two samples, whatever the batch size: its kernels round differently
+    for other sizes, and a sample must not depend on the batch it was in. Elsewhere a group is a
+    batch.
+
+    Yields:
+        The samples' indices, the last one repeated to fill the group, and how many are not filling.
+    """
+    width = CPU_GROUP if device.type == "cpu" else batch_size
+    for first in range(0, count, width):
+        yield torch.arange(first, first + width).clamp(max=count - 1), min(width, count - first)
 
 
 def noise_from(generator: torch.Generator) -> Noise:
