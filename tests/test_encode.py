@@ -141,6 +141,10 @@ def test_damage_to_a_set_is_found_on_opening(config):
     (out / "00001.safetensors").write_bytes(whole)
     LatentSet(out)
     manifest = json.loads((out / "manifest.json").read_text())
+    outside = json.dumps(manifest).replace("00001.safetensors", "../00001.safetensors")
+    (out / "manifest.json").write_text(outside)
+    with pytest.raises(DataError, match=r"shards.1.name"):
+        LatentSet(out)
     (out / "manifest.json").write_text(json.dumps(manifest | {"more": 1}))
     with pytest.raises(DataError, match="more"):
         LatentSet(out)

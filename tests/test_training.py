@@ -9,6 +9,7 @@ import torch
 import ldmkit
 from conftest import ae_config, diffusion_config
 from ldmkit.errors import DataError, InterruptedRun, NonFiniteError, UsageError
+from ldmkit.modelfile import load
 from ldmkit.training.checkpoint import TrainingState, saved_checkpoints
 from ldmkit.training.interruption import Interruption
 from ldmkit.training.optimization import averaged_copy, learning_rate, update_average
@@ -82,6 +83,18 @@ def test_interrupted_twice_and_a_lost_checkpoint(name, pipeline, whole_runs, tmp
     damaged[-1] ^= 1
     newest.write_bytes(damaged)  # it falls back to the one before, and says so
     assert train(config).read_bytes() == whole_runs[name]
+    for checkpoint in saved_checkpoints(tmp_path / "run/checkpoints"):
+        load(checkpoint / "state.safetensors", kind="checkpoint")
+
+
+def test_a_checkpoint_that_could_not_be_read_is_written_again(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    TrainingState(tmp_path, {"module": module}, {}).save(1)
+    file = tmp_path / "checkpoints/step-000000001/state.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    TrainingState(tmp_path, {"module": module}, {}).save(1)
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", ["train_ae", "train_diffusion"])
@@ -210,8 +223,6 @@ def test_the_average_follows_its_formula():
 def test_the_average_covers_the_conditioner(pipeline):
     model = ldmkit.load_diffusion(pipeline.ldm)
     state = saved_checkpoints(pipeline.ldm.parent / "checkpoints")[-1] / "state.safetensors"
-    from ldmkit.modelfile import load
-
     _, tensors = load(state, kind="checkpoint")
     for name, value in model.state_dict().items():
         assert torch.equal(value, tensors[f"average.{name}"]), name
@@ -257,6 +268,13 @@ def test_the_log_cuts_what_a_resumed_run_will_write_again(tmp_path):
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in found] == [1, 2, 4]
     assert found[-1]["loss"] == 1.5
+
+
+def test_a_scalar_that_starts_late_is_averaged_over_its_own_steps(tmp_path):
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.add({"loss": torch.tensor(1.0)})
+    log.add({"loss": torch.tensor(3.0), "disc_loss": torch.tensor(0.5)})
+    assert log.write_means(2, batch_size=1) == {"loss": 2.0, "disc_loss": 0.5}
 
 
 def test_a_run_leaves_its_config_numbers_and_previews(pipeline):

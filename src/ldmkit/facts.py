@@ -81,7 +81,8 @@ class ShardFacts(Config):
 class ShardEntry(Config):
     """One shard as the manifest knows it."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[0-9]{5,}\.safetensors$")]
+    """A plain file name: nothing a manifest says leads out of its directory."""
     start: int
     stop: int
     count: int

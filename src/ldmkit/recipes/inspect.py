@@ -2,14 +2,15 @@
 
 import json
 import math
-import tomllib
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from ldmkit.configfile import read_toml
 from ldmkit.configs import STREAM, InspectConfig
 from ldmkit.container import Header, file_digest, read_header, read_messages, verify, verify_file
 from ldmkit.errors import DataError
+from ldmkit.facts import Manifest, validated
 
 SCHEMA_VERSION = 1
 
@@ -75,27 +76,39 @@ def _stream(stream: BufferedIOBase) -> dict[str, Any]:
 
 def _directory(path: Path) -> dict[str, Any]:
     if (path / "manifest.json").is_file():
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for entry in manifest["shards"]:
-            shard = path / entry["name"]
-            if not shard.is_file():
-                raise DataError(f"{shard} is missing; run `ldmkit encode` again")
-            if file_digest(shard) != entry["sha256"]:
-                raise DataError(f"{shard} is damaged (sha256 differs); run `ldmkit encode` again")
-        return {"kind": "latents", "facts": manifest, "digests": "hold"}
+        return _latent_set(path)
     if (path / "config.toml").is_file():
-        checkpoints = sorted(item.name for item in (path / "checkpoints").glob("step-*"))
-        for name in checkpoints:
-            file = path / "checkpoints" / name / "state.safetensors"
-            verify_file(read_header(file), file)
-        return {
-            "kind": "run",
-            "config": tomllib.loads((path / "config.toml").read_text(encoding="utf-8")),
-            "checkpoints": checkpoints,
-            "models": sorted(item.name for item in path.glob("*.safetensors")),
-            "digests": "hold",
-        }
+        return _run(path)
     raise DataError(f"{path} is neither a latent set nor a run directory")
+
+
+def _latent_set(path: Path) -> dict[str, Any]:
+    source = str(path / "manifest.json")
+    try:
+        stored = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{source} is not JSON ({error})") from error
+    for entry in validated(Manifest, stored, source).shards:
+        shard = path / entry.name
+        if not shard.is_file():
+            raise DataError(f"{shard} is missing; run `ldmkit encode` again")
+        if file_digest(shard) != entry.sha256:
+            raise DataError(f"{shard} is damaged (sha256 differs); run `ldmkit encode` again")
+    return {"kind": "latents", "facts": stored, "digests": "hold"}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    checkpoints = sorted((path / "checkpoints").glob("step-*/state.safetensors"))
+    models = sorted(path.glob("*.safetensors"))
+    for file in (*checkpoints, *models):
+        verify_file(read_header(file), file)
+    return {
+        "kind": "run",
+        "config": read_toml(path / "config.toml"),
+        "checkpoints": [file.parent.name for file in checkpoints],
+        "models": [file.name for file in models],
+        "digests": "hold",
+    }
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -52,15 +52,16 @@ class TrainingState:
         target = self.directory / f"step-{step:09d}"
         tensors = self._tensors()
         _require_finite(tensors, step)
-        if not target.exists():  # two states of one step are the same state
-            with atomic_directory(target) as temporary:
-                save(
-                    temporary / "state.safetensors",
-                    tensors,
-                    kind="checkpoint",
-                    config={},
-                    facts={"step": step},
-                )
+        if target.exists():  # this run passed it over on loading, so it could not be read
+            shutil.rmtree(target)
+        with atomic_directory(target) as temporary:
+            save(
+                temporary / "state.safetensors",
+                tensors,
+                kind="checkpoint",
+                config={},
+                facts={"step": step},
+            )
         self.saved_step = step
         for old in saved_checkpoints(self.directory)[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)

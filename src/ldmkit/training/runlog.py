@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ldmkit.durable import atomic_file, write_text
@@ -29,15 +30,15 @@ class RunLog:
         self.run = run
         self.file = run / "metrics.jsonl"
         self._cut(start)
-        self._sums: dict[str, Tensor] = {}
-        self._count, self._since, self._first = 0, time.monotonic(), start
+        self._sums: dict[str, tuple[Tensor, int]] = {}  # total, and how many steps had it
+        self._count, self._since = 0, time.monotonic()
         self._events = _tensorboard_writer(run / "tensorboard", start) if tensorboard else None
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
         """Add one step's scalars; they stay on their device until a line is due."""
         for name, value in scalars.items():
-            value = value.detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            total, count = self._sums.get(name, (torch.zeros_like(value), 0))
+            self._sums[name] = (total + value.detach(), count + 1)
         self._count += 1
 
     def write_means(self, step: int, batch_size: int) -> dict[str, float]:
@@ -48,7 +49,7 @@ class RunLog:
         """
         if not self._count:
             return {}
-        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
         for name, value in means.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
