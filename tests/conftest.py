@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image, ImageDraw
 
 import ldmkit
@@ -20,6 +21,9 @@ from ldmkit.configs import (
     TrainDiffusionConfig,
     UNetConfig,
 )
+
+settings.register_profile("ldmkit", deadline=None, derandomize=True)  # a busy machine is no failure
+settings.load_profile("ldmkit")
 
 SIZE = 32
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
