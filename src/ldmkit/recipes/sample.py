@@ -53,20 +53,18 @@ def sample(config: SampleConfig, stream: BufferedIOBase | None = None) -> Path |
     with track("sample", config.num, unit="sample") as progress:
         for first in range(0, config.num, config.batch_size):
             rows = slice(first, first + config.batch_size)
-            groups = groups_of(len(seeds[rows]), config.batch_size, device)
-            latents = torch.cat(
-                [
-                    draw(model, facts, config, seeds[rows][group], labels[rows][group])[:kept]
-                    for group, kept in groups
-                ]
-            )
+            parts: list[Latents] = []
+            for group, kept in groups_of(len(seeds[rows]), config.batch_size, device):
+                part = draw(model, facts, config, seeds[rows][group], labels[rows][group])
+                parts.append(part[:kept])
+                progress.advance(kept)
+            latents = torch.cat(parts)
             if stream is not None:
                 write_message(
                     stream, **_block(latents, seeds[rows], labels[rows], facts, config.num, first)
                 )
             else:
                 drawn.append(latents)
-            progress.advance(len(latents))
     if stream is not None:
         return None
     save(config.out, **_block(torch.cat(drawn), seeds, labels, facts, config.num, 0))
