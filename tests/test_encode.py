@@ -12,9 +12,10 @@ from conftest import SIZE, ae_config, diffusion_config
 from ldmkit.configs import STREAM, DecodeConfig, EncodeConfig, SampleConfig
 from ldmkit.container import read_header, read_messages
 from ldmkit.data.images import read_images
-from ldmkit.data.latents import LatentSet, read_manifest
+from ldmkit.data.latents import LatentSet
 from ldmkit.data.sources import open_source
 from ldmkit.errors import DataError
+from ldmkit.manifest import read_manifest
 
 
 @pytest.fixture

@@ -17,21 +17,20 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldmkit.container import FORMAT_VERSIONS, file_digest, read_header
+from ldmkit.container import FORMAT_VERSIONS, read_header
 from ldmkit.data.sources import NO_LABEL, Item
-from ldmkit.durable import write_text
 from ldmkit.errors import DataError
 from ldmkit.facts import Facts, Manifest, ShardEntry, ShardFacts, Whitening, validated
+from ldmkit.manifest import read_manifest, verify_shard
 from ldmkit.modelfile import versions
 from ldmkit.tensors import Labels, Latents
 
-MANIFEST = "manifest.json"
 COLUMNS = ("mean", "std", "key", "label", "caption")
 STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 NUMPY_DTYPES = {
@@ -123,47 +122,6 @@ def build_manifest(
         skipped=tuple(pair for _, facts in shards for pair in facts.skipped),
         versions=versions(),
     )
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Commit a latent set."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    write_text(directory / MANIFEST, text + "\n")
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a committed latent set.
-
-    Raises:
-        DataError: there is none, or it is not understood.
-    """
-    path = directory / MANIFEST
-    if not path.exists():
-        hint = (
-            "it is unfinished: run `ldmkit encode` again"
-            if directory.is_dir()
-            else "no such directory"
-        )
-        raise DataError(f"{directory} is no latent set ({hint})")
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    manifest = validated(Manifest, value, str(path))
-    if manifest.format != f"ldmkit.latents/{FORMAT_VERSIONS['latents']}":
-        raise DataError(f"{path} has the unknown format {manifest.format!r}")
-    return manifest
-
-
-def verify_shard(directory: Path, entry: ShardEntry) -> None:
-    """Raise DataError unless a shard's bytes are the ones the manifest names."""
-    path = directory / entry.name
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `ldmkit encode` again")
-    if path.stat().st_size != entry.bytes or file_digest(path) != entry.sha256:
-        raise DataError(
-            f"{path} is damaged (sha256 differs from the manifest); run `ldmkit encode` again"
-        )
 
 
 class LatentSet:

@@ -13,21 +13,19 @@ from ldmkit.configs import STREAM, EncodeConfig, PreprocessingConfig
 from ldmkit.container import file_digest, read_header
 from ldmkit.data.images import read_images
 from ldmkit.data.latents import (
-    MANIFEST,
     STORED_DTYPES,
     build_manifest,
     items_digest,
     moments_of,
-    read_manifest,
     shard_name,
     shard_tensors,
-    write_manifest,
 )
 from ldmkit.data.pictures import Picture
 from ldmkit.data.sources import Item, open_source
 from ldmkit.durable import sweep_temporaries
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import AutoencoderFacts, Facts, Manifest, ShardEntry, ShardFacts, validated
+from ldmkit.manifest import MANIFEST, read_manifest, write_manifest
 from ldmkit.modelfile import load, save, write_message
 from ldmkit.terminal import Track, say, track
 from ldmkit.training.runtime import pick_device
@@ -129,16 +127,18 @@ def _committed(out: Path, recipe: Facts, *, force: bool) -> bool:
     sweep_temporaries(out)
     manifest = out / MANIFEST
     shards = sorted(out.glob("*.safetensors"))
+    committed = None
     if manifest.exists():
-        stored = read_manifest(out).recipe
+        committed = read_manifest(out)
+        stored = committed.recipe
     elif shards:
         stored = validated(ShardFacts, read_header(shards[0]).facts, str(shards[0])).recipe
     else:
         return False
     changed = [name for name in recipe if stored.get(name) != recipe[name]]
     if not changed:
-        return manifest.exists() and all(
-            (out / entry.name).is_file() for entry in read_manifest(out).shards
+        return committed is not None and all(
+            (out / entry.name).is_file() for entry in committed.shards
         )
     if not force:
         raise DataError(

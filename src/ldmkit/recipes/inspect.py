@@ -1,6 +1,5 @@
 """`ldmkit inspect`: what is this file, directory or stream, and is it whole?"""
 
-import json
 import math
 from io import BufferedIOBase
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 from ldmkit.configfile import read_toml
 from ldmkit.configs import STREAM, InspectConfig
-from ldmkit.container import Header, file_digest, read_header, read_messages, verify, verify_file
+from ldmkit.container import Header, read_header, read_messages, verify, verify_file
 from ldmkit.errors import DataError
-from ldmkit.facts import Manifest, validated
+from ldmkit.manifest import MANIFEST, read_manifest, verify_shard
 
 SCHEMA_VERSION = 1
 
@@ -75,7 +74,7 @@ def _stream(stream: BufferedIOBase) -> dict[str, Any]:
 
 
 def _directory(path: Path) -> dict[str, Any]:
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return _latent_set(path)
     if (path / "config.toml").is_file():
         return _run(path)
@@ -83,18 +82,10 @@ def _directory(path: Path) -> dict[str, Any]:
 
 
 def _latent_set(path: Path) -> dict[str, Any]:
-    source = str(path / "manifest.json")
-    try:
-        stored = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{source} is not JSON ({error})") from error
-    for entry in validated(Manifest, stored, source).shards:
-        shard = path / entry.name
-        if not shard.is_file():
-            raise DataError(f"{shard} is missing; run `ldmkit encode` again")
-        if file_digest(shard) != entry.sha256:
-            raise DataError(f"{shard} is damaged (sha256 differs); run `ldmkit encode` again")
-    return {"kind": "latents", "facts": stored, "digests": "hold"}
+    manifest = read_manifest(path)
+    for entry in manifest.shards:
+        verify_shard(path, entry)
+    return {"kind": "latents", "facts": manifest.model_dump(mode="json"), "digests": "hold"}
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""The page that commits a latent set, on disk: read, write, and check shards against it.
+
+Needs no torch, so that `ldmkit inspect` and whoever else only looks can use it too.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ldmkit.container import FORMAT_VERSIONS, file_digest
+from ldmkit.durable import write_text
+from ldmkit.errors import DataError
+from ldmkit.facts import Manifest, ShardEntry, validated
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Commit a latent set."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    write_text(directory / MANIFEST, text + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a committed latent set.
+
+    Raises:
+        DataError: there is none, or it is not understood.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        hint = (
+            "it is unfinished: run `ldmkit encode` again"
+            if directory.is_dir()
+            else "no such directory"
+        )
+        raise DataError(f"{directory} is no latent set ({hint})")
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    manifest = validated(Manifest, value, str(path))
+    if manifest.format != f"ldmkit.latents/{FORMAT_VERSIONS['latents']}":
+        raise DataError(f"{path} has the unknown format {manifest.format!r}")
+    return manifest
+
+
+def verify_shard(directory: Path, entry: ShardEntry) -> None:
+    """Raise DataError unless a shard's bytes are the ones the manifest names."""
+    path = directory / entry.name
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run `ldmkit encode` again")
+    if path.stat().st_size != entry.bytes or file_digest(path) != entry.sha256:
+        raise DataError(
+            f"{path} is damaged (sha256 differs from the manifest); run `ldmkit encode` again"
+        )
