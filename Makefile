@@ -30,8 +30,9 @@ types: setup-dev ## Types
 layers: setup-dev ## Who may import whom
 	$(BIN)/lint-imports
 
-docs: setup-dev ## Write docs/cli.md from the commands
+docs: setup-dev ## Write docs/cli.md and docs/presets.md from the commands
 	$(BIN)/python docs/generate_cli.py > docs/cli.md
+	$(BIN)/python docs/generate_presets.py > docs/presets.md
 
 format: setup-dev ## Put the code into shape
 	$(BIN)/ruff format .

@@ -3,8 +3,8 @@
 from typing import Any, Literal, get_args, get_origin
 
 from ldmkit.cli import COMMANDS, EXTRA_SWITCHES, SWITCHES
+from ldmkit.named_settings import PRESETS
 from ldmkit.options import Leaf, leaves, shown_default
-from ldmkit.presets import PRESETS
 
 HEAD = """# The command line
 
@@ -19,7 +19,7 @@ Standard output carries data only; everything said to people goes to standard er
 | 0 | done |
 | 1 | a bug in ldmkit |
 | 2 | the command or its settings cannot be carried out |
-| 3 | bad input data, or files that do not belong together |
+| 3 | bad input data, files that do not belong together, or a result that misses a threshold |
 | 4 | no space, or reading or writing failed |
 | 5 | training met a number that is not finite |
 | 6 | out of memory |

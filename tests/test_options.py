@@ -6,18 +6,15 @@ from typing import get_args
 import pytest
 
 from ldmkit.autoencoder.perceptual import PERCEPTUAL
+from ldmkit.autoencoder_configs import AutoencoderLossConfig
 from ldmkit.cli import COMMANDS
 from ldmkit.configfile import first_difference, read_toml, to_toml
-from ldmkit.configs import (
-    AutoencoderLossConfig,
-    ParameterizationName,
-    TrainAEConfig,
-    UNetConfig,
-)
+from ldmkit.configs import TrainAEConfig
 from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
+from ldmkit.diffusion_configs import ParameterizationName, UNetConfig
 from ldmkit.errors import UsageError
+from ldmkit.named_settings import PRESETS
 from ldmkit.options import leaves, resolve
-from ldmkit.presets import PRESETS
 
 
 def ae(preset=None, file=None, **typed):
@@ -28,7 +25,7 @@ def test_precedence_is_default_preset_file_typed(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("batch_size = 7\nseed = 5\n[autoencoder]\nchannels = 24\n")
     assert ae().batch_size == TrainAEConfig.model_fields["batch_size"].default
-    assert ae("tiny").batch_size == PRESETS["train-ae"]["tiny"]["batch_size"]
+    assert ae("tiny").batch_size == PRESETS["train-ae"]["tiny"].settings["batch_size"]
     config = ae("tiny", file, seed=9)
     assert (config.batch_size, config.seed, config.autoencoder.channels) == (7, 9, 24)
     assert config.autoencoder.multipliers == (1, 2, 4)  # the file replaces one nested key, not all

@@ -2,93 +2,26 @@
 
 A field is declared once: type, default, bounds and help. `options` turns it into `--name` (nested:
 `--unet.channels`), `recipes` read it, files carry it. Unknown keys are errors. Imports no torch.
+What a model file stores has its configs in `autoencoder_configs` and `diffusion_configs`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
+from ldmkit.autoencoder_configs import (
+    AutoencoderConfig,
+    AutoencoderLossConfig,
+    DiscriminatorConfig,
+    PreprocessingConfig,
+)
+from ldmkit.diffusion_configs import ParameterizationName, ScheduleConfig, UNetConfig
+from ldmkit.fields import Config, Count, Fraction, Positive, Weight, argument, field
+
 STREAM = Path("-")
 """Stands for standard input or standard output."""
-
-
-def field(default: Any, text: str, *, short: str = "") -> Any:  # noqa: ANN401 - as pydantic's Field
-    """A field with its default, its help text and perhaps a one-letter option."""
-    return Field(default, description=text, json_schema_extra={"short": short} if short else None)
-
-
-def argument(text: str, default: Any = ...) -> Any:  # noqa: ANN401
-    """A field that is a positional argument on the command line."""
-    return Field(default, description=text, json_schema_extra={"argument": True})
-
-
-class Config(BaseModel):
-    """Base of all: frozen, and strict about unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PreprocessingConfig(Config):
-    """From a picture file to the network's input: resize, crop, value range [-1, 1]."""
-
-    size: Positive = field(256, "Height and width of the network's input, pixels")
-    channels: Literal[1, 3] = field(3, "1 = grey, 3 = RGB")
-    resize: Literal["bicubic", "bilinear", "area"] = field(
-        "bicubic", "Filter that brings the shorter side to the size (anti-aliased)"
-    )
-    crop: Literal["center", "random"] = field("center", "Which square is cut from the longer side")
-    flip: bool = field(False, "Mirror half of the training pictures at random (left and right)")
-
-
-class AutoencoderConfig(Config):
-    """The networks of the first stage (Rombach et al. 2022, App. E)."""
-
-    channels: Positive = field(128, "Channels of the finest level")
-    multipliers: tuple[Positive, ...] = field(
-        (1, 2, 4, 4), "Channel multiplier of each level; n levels shrink pictures by 2^(n-1)"
-    )
-    residual_blocks: Positive = field(
-        2, "Residual blocks for each level (the decoder has one more)"
-    )
-    attention_factors: tuple[Positive, ...] = field(
-        (), "Down-sampling factors whose levels have attention"
-    )
-    middle_attention: bool = field(True, "Attention at the coarsest level")
-    norm_groups: Positive = field(
-        32, "Groups of the group normalisations, or the largest number below that divides"
-    )
-    latent_channels: Positive = field(4, "Channels z of the latents")
-    dropout: Fraction = field(0.0, "Dropout probability in the residual blocks")
-
-    @property
-    def factor(self) -> int:
-        """How much smaller latents are than pictures, along each side."""
-        return 2 ** (len(self.multipliers) - 1)
-
-
-class AutoencoderLossConfig(Config):
-    """What the first stage minimises (Rombach et al. 2022, App. G); sums over a picture's values."""
-
-    perceptual: Literal["vgg16", "lpips-vgg", "lpips-alex", "lpips-squeeze", "none"] = field(
-        "vgg16", "Perceptual distance: VGG16 in the box (not LPIPS), or LPIPS with its networks"
-    )
-    perceptual_weight: Weight = field(1.0, "Weight of the perceptual distance against L1")
-    perceptual_weights: Path | None = field(
-        None, "Backbone of LPIPS as a safetensors file with torchvision's tensor names"
-    )
-    kl_weight: Weight = field(1e-6, "Weight of the KL divergence to the unit Gaussian")
-    disc_start: Count = field(50_001, "Generator step from which the discriminator counts")
-    disc_weight: Weight = field(0.5, "Weight of the adversarial loss; 0 trains without one")
-    disc_channels: Positive = field(64, "Channels of the discriminator's first layer")
-    disc_layers: Positive = field(
-        3, "Strided layers of the patch discriminator (3: 70 pixel patches)"
-    )
 
 
 class TrainingConfig(Config):
@@ -120,6 +53,11 @@ class TrainingConfig(Config):
     )
     """Fields that may differ when a run is resumed; any other would make it another run."""
 
+    @property
+    def steps_shape_the_run(self) -> bool:
+        """Whether another number of steps would have changed those already done."""
+        return self.cooldown > 0
+
 
 class TrainAEConfig(TrainingConfig):
     """Train an autoencoder on pictures; writes OUT/autoencoder.safetensors."""
@@ -130,19 +68,73 @@ class TrainAEConfig(TrainingConfig):
     )
     lr: Annotated[float, Field(gt=0)] = field(4.5e-6 * 16, "Learning rate of both Adam optimizers")
     betas: tuple[Fraction, Fraction] = field((0.5, 0.9), "Decay of Adam's two moments")
+    ema_decay: Fraction = field(0.0, "Decay of averaged weights, which are saved then; 0 = none")
+    clip_norm: Weight = field(0.0, "Largest norm of a gradient; 0 = no limit")
+    accumulate: Positive = field(
+        1, "Parts in which a batch goes through the networks one after the other, to save memory"
+    )
+    checkpointing: bool = field(
+        False, "Compute activations again in the backward pass instead of keeping them"
+    )
+    multi_resolution: tuple[Positive, ...] = field(
+        (), "Sides to one of which each batch is resized, pixels; the largest comes first"
+    )
+    init: Path | None = field(
+        None, "Autoencoder file whose weights to begin with, as far as names and shapes agree"
+    )
+    decoder_only: bool = field(
+        False, "Train the decoder alone: the latents stay those of --init, and their models usable"
+    )
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    disc: DiscriminatorConfig = DiscriminatorConfig()
+
+    @property
+    def disc_start(self) -> int:
+        """The step at which the adversarial phase begins; after the last one if it never does."""
+        never = self.steps + 1
+        return self.disc.start_step(self.steps, self.batch_size) if self.disc.weight else never
+
+    @property
+    def steps_shape_the_run(self) -> bool:
+        """Whether another number of steps would have changed those already done."""
+        return super().steps_shape_the_run or self.disc.start.endswith("%")
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainAEConfig":
-        size, factor = self.preprocessing.size, self.autoencoder.factor
-        if size % factor:
+        factor = self.autoencoder.factor
+        for name, size in (
+            ("preprocessing.size", self.preprocessing.size),
+            *(("multi-resolution", side) for side in self.multi_resolution),
+        ):
+            if size % factor:
+                raise ValueError(
+                    f"--{name} {size} is not a multiple of {factor}, by which the "
+                    "autoencoder's levels shrink pictures"
+                )
+        if self.batch_size % self.accumulate:
             raise ValueError(
-                f"--preprocessing.size {size} is not a multiple of {factor}, by which the "
-                "autoencoder's levels shrink pictures"
+                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
             )
+        if self.batch_size == self.accumulate and self.disc.weight and "batch" in self.disc.norm:
+            raise ValueError(
+                f"--disc.norm {self.disc.norm} needs more than one picture at a time: "
+                "take group or act, or larger parts"
+            )
+        if self.decoder_only and self.init is None:
+            raise ValueError("--decoder-only needs --init, the autoencoder whose latents to keep")
         return self
+
+
+TILE = (
+    "Side of the tiles that large pictures are computed in, pixels, one picture at a time; 0 = off"
+)
+TILING = (
+    "exact = as without tiles, all feature maps of the picture in main memory; "
+    "independent = in the memory of a tile, but norms and attention see only theirs: approximate"
+)
+SCRATCH = "Directory for the feature maps of exact tiles, where main memory is too small"
 
 
 class EncodeConfig(Config):
@@ -158,57 +150,65 @@ class EncodeConfig(Config):
     max_bad: Fraction = field(
         0.0, "Share of unreadable pictures that may be left out (they are listed in the manifest)"
     )
+    tile: Count = field(0, TILE)
+    tiling: Literal["exact", "independent"] = field("exact", TILING)
+    scratch: Path | None = field(None, SCRATCH)
     device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
     force: bool = field(False, "Replace a latent set that was made differently")
 
 
-class UNetConfig(Config):
-    """The network of the second stage (Dhariwal and Nichol 2021; Rombach et al. 2022, App. E)."""
+class EvalAEConfig(Config):
+    """Measure an autoencoder before the second stage; writes OUT/report.json, pictures and plots."""
 
-    channels: Positive = field(192, "Channels of the finest level")
-    multipliers: tuple[Positive, ...] = field((1, 2, 3, 5), "Channel multiplier of each level")
-    residual_blocks: Positive = field(2, "Residual blocks for each level (one more on the way up)")
-    attention_factors: tuple[Positive, ...] = field(
-        (8, 4, 2), "Down-sampling factors of the latents whose levels have attention"
+    data: Path = argument("Folder of pictures (class subfolders allowed), or webdataset tar(s)")
+    ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")
+    out: Path = field(Path("runs/eval-ae"), "Directory of the report", short="-o")
+    size: Positive | None = field(None, "Picture size, pixels (default: what the autoencoder saw)")
+    holdout: Fraction = field(
+        0.0, "Look only at the share that training with this --holdout kept out; 0 = all pictures"
     )
-    head_channels: Positive | None = field(None, "Width of an attention head (default: one head)")
-    transformer_depth: Positive = field(1, "Blocks of each spatial transformer")
-    norm_groups: Positive = field(
-        32, "Groups of the group normalisations, or the largest number below that divides"
+    num: Positive | None = field(None, "Look at this many pictures, drawn by --seed (default: all)")
+    batch_size: Positive = field(16, "Pictures at once; results agree up to rounding")
+    seed: Count = field(0, "Fixes which pictures are drawn, their order, and the prior's samples")
+    device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
+    perceptual: Literal["vgg16", "lpips-vgg", "lpips-alex", "lpips-squeeze", "none"] = field(
+        "vgg16", "Perceptual distance: VGG16 in the box (not LPIPS); LPIPS comes beside it"
     )
-    context_channels: Positive = field(512, "Width of the tokens that are attended to")
-    dropout: Fraction = field(0.0, "Dropout probability in the residual blocks")
+    perceptual_weights: Path | None = field(
+        None, "Backbone of LPIPS as a safetensors file with torchvision's tensor names"
+    )
+    st_lpips: Path | None = field(
+        None, "ST-LPIPS too: its weights, alex or vgg (*.safetensors or *.pth)"
+    )
+    effnet: Path | None = field(
+        None,
+        "Fréchet distance in EfficientNet-Lite0 features too: its weights (*.safetensors or *.pth)",
+    )
+    rfid: bool = field(False, "Reconstruction FID too, with Inception's features (extra: eval)")
+    inception: Path | None = field(
+        None, "Inception weights of torch-fidelity for --rfid (default: in torch's cache)"
+    )
+    min_psnr: float | None = field(None, "Fail (exit code 3) below this mean PSNR, dB")
+    min_ssim: float | None = field(None, "Fail below this mean SSIM, at most 1")
+    max_perceptual: Weight | None = field(None, "Fail above this mean of the --perceptual distance")
+    max_rfd: Weight | None = field(None, "Fail above this Fréchet distance of --effnet")
+    max_rfid: Weight | None = field(None, "Fail above this reconstruction FID")
+    max_dead_channels: Count | None = field(
+        None, "Fail with more latent channels than this that carry nothing"
+    )
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> "UNetConfig":
-        for width in (self.channels * multiplier for multiplier in self.multipliers):
-            if self.head_channels and width % self.head_channels:
-                raise ValueError(
-                    f"attention heads of {self.head_channels} channels do not divide a level of {width}"
-                )
+    def _thresholds_are_measured(self) -> "EvalAEConfig":
+        needs = (
+            ("--max-rfd", self.max_rfd, "--effnet FILE", self.effnet),
+            ("--max-rfid", self.max_rfid, "--rfid", self.rfid),
+            ("--max-perceptual", self.max_perceptual, "a --perceptual", self.perceptual != "none"),
+            ("--inception", self.inception, "--rfid", self.rfid),
+        )
+        for option, value, other, given in needs:
+            if value is not None and not given:
+                raise ValueError(f"{option} needs {other}")
         return self
-
-
-ParameterizationName = Literal["epsilon", "v"]
-
-
-class ScheduleConfig(Config):
-    """Discrete noise schedule: variances linear in their square root (Rombach et al. 2022)."""
-
-    timesteps: Positive = field(1000, "Number of noise levels T")
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = field(0.0015, "Noise variance of step 1")
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = field(0.0195, "Noise variance of step T")
-
-
-class DiffusionConfig(Config):
-    """What a diffusion model file stores to build its network again."""
-
-    unet: UNetConfig
-    schedule: ScheduleConfig
-    parameterization: ParameterizationName
-    latent_channels: Positive
-    classes: Count
-    """Number of classes; 0 for a model without class condition."""
 
 
 class TrainDiffusionConfig(TrainingConfig):
@@ -266,14 +266,22 @@ class SampleConfig(Config):
 
 
 class DecodeConfig(Config):
-    """Turn sampled latents into PNG pictures and a grid; writes OUT/*.png."""
+    """Turn sampled latents into pictures and a grid of them; writes OUT/*.png or OUT/*.npy."""
 
     samples: Path = argument("Sample file; - reads standard input", STREAM)
     ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")
     out: Path = field(Path("samples"), "Directory for the pictures", short="-o")
+    format: Literal["auto", "png", "png16", "npy"] = field(
+        "auto",
+        "8-bit PNG (grey or RGB), 16-bit PNG (grey), or float32 NumPy files in the units of the training"
+        " pictures; auto = what loses nothing of their depth, range and channels",
+    )
     batch_size: Positive = field(
         16, "Samples decoded at once (on the CPU always two); the result does not depend on it"
     )
+    tile: Count = field(0, TILE)
+    tiling: Literal["exact", "independent"] = field("exact", TILING)
+    scratch: Path | None = field(None, SCRATCH)
     device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
 
 
@@ -282,4 +290,42 @@ class InspectConfig(Config):
 
     path: Path = argument(
         "Model or sample file, latent set, run directory; - reads standard input", STREAM
+    )
+
+
+class PresetsConfig(Config):
+    """List the named settings of the training commands, with parameters and source."""
+
+    command: Literal["train-ae", "train-diffusion"] | None = argument(
+        "Command whose presets to list (default: all)", None
+    )
+
+
+class ImportConfig(Config):
+    """Turn an autoencoder of another project (one file, or a diffusers folder) into a file of ldmkit."""
+
+    source: Path = argument(
+        "File of the original layout (.safetensors, .ckpt, .pt, .pth), or folder of diffusers"
+    )
+    out: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file", short="-o")
+    size: Positive | None = field(
+        None, "Picture size it was trained on, pixels (default: what the source says, or 256)"
+    )
+
+
+class ExportConfig(Config):
+    """Write an autoencoder so that other projects read it, and check that by running both."""
+
+    ae: Path = argument("Autoencoder file")
+    to: Literal["diffusers", "ldm"] = field(
+        "diffusers", "A folder for diffusers, or one file in the original layout and a .yaml beside"
+    )
+    out: Path = field(Path("runs/exported"), "Folder, or file (ldm)", short="-o")
+    latents: Path | None = field(
+        None, "Latent set of this autoencoder, whose statistics become the scale of the latents"
+    )
+    scale: Literal["scalar", "channel"] = field(
+        "scalar",
+        "That scale: scaling_factor and shift_factor, or latents_mean and latents_std for each "
+        "channel (read by fewer pipelines of diffusers)",
     )

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from ldmkit.configfile import read_toml
-from ldmkit.configs import Config
 from ldmkit.errors import UsageError
-from ldmkit.presets import PRESETS
+from ldmkit.fields import Config
+from ldmkit.named_settings import PRESETS
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 NESTING = "__"  # between the parts of a nested parameter's Python name
@@ -96,7 +96,7 @@ def resolve(
         presets = PRESETS.get(name, {})
         if preset not in presets:
             raise UsageError(f"--preset {preset}: unknown{_nearest(preset, presets)}")
-        settings = _merged(settings, presets[preset])
+        settings = _merged(settings, presets[preset].settings)
     if file is not None:
         settings = _merged(settings, read_toml(file))
     settings = _merged(settings, typed)
@@ -149,15 +149,23 @@ def _keyword(name: str, kind: Any, option: Any) -> inspect.Parameter:  # noqa: A
 
 def _typer_type(annotation: Any) -> tuple[Any, str | None]:  # noqa: ANN401
     """The type Typer parses, and what to show for it."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
+    annotation = _plain(annotation)
     if get_origin(annotation) is tuple:
-        return (list[str], None) if get_args(annotation)[0] is str else (str, "INT,INT,...")
+        parts = get_args(annotation)
+        if parts[0] is str:
+            return list[str], None
+        name = _plain(parts[0]).__name__.upper()
+        return str, f"{name},{name},..." if parts[-1] is Ellipsis else f"{name},{name}"
     if get_origin(annotation) is Literal and isinstance(get_args(annotation)[0], int):
         return int, "|".join(str(choice) for choice in get_args(annotation))
     return annotation, None
+
+
+def _plain(annotation: Any) -> Any:  # noqa: ANN401
+    """A type without `| None` and without bounds."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def shown_default(info: FieldInfo) -> str:
@@ -194,7 +202,7 @@ def _split_lists(config_class: type[Config], settings: Mapping[str, Any]) -> dic
         value = result.get(name)
         if _is_config(info.annotation) and isinstance(value, Mapping):
             result[name] = _split_lists(info.annotation, value)  # pyright: ignore[reportArgumentType]
-        elif get_origin(info.annotation) is tuple and isinstance(value, str):
+        elif get_origin(_plain(info.annotation)) is tuple and isinstance(value, str):
             result[name] = [part.strip() for part in value.split(",") if part.strip()]
     return result
 
@@ -209,6 +217,8 @@ def _sentence(error: ValidationError, config_class: type[Config]) -> str:
     field = next(
         (leaf for name, leaf in known.items() if f"{dotted}.".startswith(f"{name}.")), None
     )
+    if problem["type"] == "missing" and field and dotted not in known:  # a part of a list
+        return f"{field.option}: too few values (got {','.join(problem['input'])})"
     if problem["type"] == "missing":
         return f"{path[-1].upper()} is missing: {field.info.description if field else dotted}"
     if field is None:  # a check of a whole config, whose message names what it is about

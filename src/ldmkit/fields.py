@@ -1,0 +1,30 @@
+"""What every config is made of: the base class, and a field with its help in one call.
+
+Imports no torch.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def field(default: Any, text: str, *, short: str = "") -> Any:  # noqa: ANN401 - as pydantic's Field
+    """A field with its default, its help text and perhaps a one-letter option."""
+    return Field(default, description=text, json_schema_extra={"short": short} if short else None)
+
+
+def argument(text: str, default: Any = ...) -> Any:  # noqa: ANN401
+    """A field that is a positional argument on the command line."""
+    return Field(default, description=text, json_schema_extra={"argument": True})
+
+
+class Config(BaseModel):
+    """Base of all: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
