@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldmkit.configs import PreprocessingConfig
+from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.data.pictures import decode_picture
 from ldmkit.data.preprocessing import preprocess
 from ldmkit.errors import DataError
@@ -97,7 +97,7 @@ def test_bad_files_are_named():
     ):
         with pytest.raises(DataError, match=f"bad.png.*{words}"):
             decode_picture(data, "bad.png", 3)
-    with pytest.raises(DataError, match="mode F"):
+    with pytest.raises(DataError, match=r"--preprocessing.range LO,HI"):
         decode_picture(encoded(Image.new("F", (4, 4)), "TIFF"), "x.tif", 1)
 
 

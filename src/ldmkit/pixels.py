@@ -1,19 +1,22 @@
-"""8-bit pixels: from images, to PNG files and contact sheets."""
+"""From images to files: 8-bit pixels and contact sheets of them, 16-bit grey, numbers in their units."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 Pixels = UInt8[Tensor, "batch channels height width"]
-Sheet = UInt8[Tensor, "channels _height _width"]
+Sheet = UInt8[Tensor, "_channels _height _width"]
+OneImage = Float[Tensor, "channels height width"]
 
 
 def to_pixels(images: Float[Tensor, "batch channels height width"]) -> Pixels:
-    """Images in [-1, 1] (clipped) to 8-bit pixels, rounded to the nearest."""
-    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    """Images in [-1, 1] (clipped) to 8-bit pixels, rounded to the nearest; NaN becomes mid-grey."""
+    pixels = images.float().nan_to_num(0.0).add(1.0).mul(127.5)
+    return pixels.round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def save_png(path: Path, pixels: Sheet) -> None:
@@ -22,8 +25,32 @@ def save_png(path: Path, pixels: Sheet) -> None:
     Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(path, "PNG")
 
 
+def save_png16(path: Path, image: OneImage) -> None:
+    """Write one channel in [-1, 1] (clipped) as a 16-bit grey PNG, rounded to the nearest."""
+    values = image[0].double().nan_to_num(0.0).add(1.0).mul(32767.5).round().clamp(0, 65535)
+    Image.fromarray(values.cpu().numpy().astype(np.uint16)).save(path, "PNG")
+
+
+def save_npy(path: Path, image: OneImage, value_range: tuple[float, float]) -> None:
+    """Write float32 numbers as `[h, w]` (one channel) or `[h, w, c]`, -1 and 1 as the range's ends.
+
+    Nothing is clipped: what lies a little outside of [-1, 1] is outside of the range.
+    """
+    low, high = value_range
+    values = image.double() * ((high - low) / 2) + (low + high) / 2
+    array = values.float().cpu().movedim(0, 2).numpy()
+    with path.open("wb") as file:  # given a name, NumPy would add a suffix
+        np.save(file, array[:, :, 0] if array.shape[2] == 1 else array, allow_pickle=False)
+
+
+def shown(pixels: Pixels) -> UInt8[Tensor, "batch _shown height width"]:
+    """What can be seen of any number of channels: the first three, or of one or two the first."""
+    return pixels[:, : 3 if pixels.shape[1] >= 3 else 1]
+
+
 def grid(pixels: Pixels, columns: int, *, gap: int = 2) -> Sheet:
-    """Lay pictures out in rows of `columns`, white between them."""
+    """Lay pictures out in rows of `columns`, white between them; see `shown` for their channels."""
+    pixels = shown(pixels)
     count, channels, height, width = pixels.shape
     rows = -(-count // columns)
     sheet = torch.full(

@@ -6,16 +6,21 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldmkit.configs import PreprocessingConfig
+from ldmkit.autoencoder_configs import PreprocessingConfig
+from ldmkit.data.gaps import require_some, with_mask
 from ldmkit.data.order import generator_for, indices_of_step, is_held_back
-from ldmkit.data.pictures import Picture, decode_picture
+from ldmkit.data.pictures import Picture, decode_array, decode_picture
 from ldmkit.data.preprocessing import preprocess
 from ldmkit.data.sources import Item
 from ldmkit.errors import DataError
+from ldmkit.facts import Depth
 from ldmkit.tensors import Images
+from ldmkit.terminal import say
 
 AUGMENTATION = 1
 """Place in the seed tree of the draws for random crops and flips."""
+LOOKED_AT = 8
+"""How many pictures are opened to learn about all."""
 
 
 class TrainingImages(Dataset[Picture | DataError]):
@@ -33,7 +38,7 @@ class TrainingImages(Dataset[Picture | DataError]):
         index, position = place
         draw = generator_for(self.seed, AUGMENTATION, position)
         try:
-            picture = read_picture(self.items[index], self.config.channels)
+            picture = read_picture(self.items[index], self.config)
         except DataError as error:
             return error
         return preprocess(picture, self.config, draw)
@@ -59,17 +64,54 @@ def split(items: list[Item], share: float) -> Split:
     return Split(training, held_back)
 
 
-def read_picture(item: Item, channels: int) -> Picture:
-    """Read and decode one item to `[channels, h, w]` in [-1, 1]."""
-    return decode_picture(
-        item.read(), str(item.file if item.size < 0 else item.file / item.key), channels
-    )
+def read_picture(item: Item, config: PreprocessingConfig) -> Picture:
+    """Read and decode one item to `[channels, h, w]`: the range to [-1, 1], NaN where masked."""
+    picture = decode_picture(item.read(), item.name, config.channels, config.range)
+    mask = item.read_mask()
+    if mask is not None:
+        picture = with_mask(picture, mask, f"the mask of {item.name}")
+    return require_some(picture, item.name)
 
 
 def read_images(items: list[Item], config: PreprocessingConfig) -> Images:
-    """Read a batch without randomness: centre crop, no flip."""
-    pictures = [preprocess(read_picture(item, config.channels), config, None) for item in items]
+    """Read a batch without randomness: centre crop, no flip. NaN marks pixels that do not count."""
+    pictures = [
+        require_some(
+            preprocess(read_picture(item, config), config, None), f"the centre of {item.name}"
+        )
+        for item in items
+    ]
     return torch.stack(pictures)
+
+
+def depth_of(items: list[Item], config: PreprocessingConfig) -> Depth:
+    """The widest number format among the first pictures; any but uint8 and uint16 is "float32"."""
+    found: set[str] = set()
+    for item in items[:LOOKED_AT]:
+        found.add(decode_array(item.read(), item.name, config.channels).dtype.name)
+    if not found <= {"uint8", "uint16"}:
+        return "float32"
+    return "uint16" if "uint16" in found else "uint8"
+
+
+def say_what_is_clipped(items: list[Item], config: PreprocessingConfig) -> None:
+    """Count the values of the first pictures that lie outside the declared range, and say so."""
+    if config.range is None:
+        return
+    outside = counted = 0
+    for item in items[:LOOKED_AT]:
+        try:
+            picture = read_picture(item, config)
+        except DataError:  # whoever needs this picture will say so
+            continue
+        outside += int((picture.abs() > 1.0).sum())
+        counted += int((~picture.isnan()).sum())
+    if outside:
+        low, high = config.range
+        say(
+            f"{outside / counted:.2%} of the values in the first {min(len(items), LOOKED_AT)} pictures "
+            f"lie outside --preprocessing.range {low:g},{high:g} and are clipped to it"
+        )
 
 
 class _StepBatches(Sampler[list[tuple[int, int]]]):
@@ -98,6 +140,7 @@ def training_batches(
 ) -> Iterator[Images]:
     """Endless batches `[b, c, size, size]`, beginning with that of step `start`.
 
+    NaN marks pixels that do not count (see `gaps`); a random crop may hold no other.
     The sequence does not depend on `workers`, the number of reading processes.
 
     Raises:

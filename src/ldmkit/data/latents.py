@@ -4,7 +4,8 @@ Shard k holds the source items of one fixed range, whatever process writes it, s
 nothing but the recipe: autoencoder, preprocessing, number format, items. Tensors of a shard share
 their first dimension N:
 
-    mean, std     [N, z, h, w]   of the posterior, in the autoencoder's own (raw) space
+    mean, std     [N, z, h, w]   of the posterior, in the autoencoder's own (raw) space; std is
+                                 absent where the bottleneck has no noise
     label         [N]            class index, -1 where there is none
     key, caption                 text, as NAME.bytes (uint8) and NAME.offsets ([N + 1])
 
@@ -31,7 +32,6 @@ from ldmkit.manifest import read_manifest, verify_shard
 from ldmkit.modelfile import versions
 from ldmkit.tensors import Labels, Latents
 
-COLUMNS = ("mean", "std", "key", "label", "caption")
 STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 NUMPY_DTYPES = {
     "F16": np.dtype("<f2"),
@@ -46,14 +46,16 @@ class LatentBatch(NamedTuple):
 
     mean: Latents
     std: Latents
+    """Zero where the bottleneck has no noise."""
     label: Labels
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """sha256 over keys, labels and captions: changes when a data set gains, loses or renames items."""
+    """sha256 over keys, labels, captions, masks (whether there): changes with what the data set holds."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps([item.key, item.label, item.caption]).encode())
+        masked = ["mask"] if item.mask else []
+        digest.update(json.dumps([item.key, item.label, item.caption, *masked]).encode())
     return digest.hexdigest()
 
 
@@ -62,33 +64,37 @@ def shard_name(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
-def shard_tensors(mean: Latents, std: Latents, items: Sequence[Item]) -> dict[str, Tensor]:
-    """The tensors of one shard, as they are stored.
+def shard_tensors(mean: Latents, std: Latents | None, items: Sequence[Item]) -> dict[str, Tensor]:
+    """The tensors of one shard, as they are stored; `std` is None for a bottleneck without noise.
 
     Raises:
         DataError: a latent is not finite in the number format asked for.
     """
-    finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
+    moments = {"mean": mean} if std is None else {"mean": mean, "std": std}
+    finite = torch.stack([x.isfinite().flatten(1).all(1) for x in moments.values()]).all(0)
     if not bool(finite.all()):
         first = items[int(finite.int().argmin())].key
         raise DataError(
             f"the latents of {first} are not finite as {mean.dtype}; try --dtype float32"
         )
     return {
-        "mean": mean,
-        "std": std,
+        **moments,
         "label": torch.tensor([item.label for item in items], dtype=torch.int64),
         **_ragged("key", [item.key for item in items]),
         **_ragged("caption", [item.caption for item in items]),
     }
 
 
-def moments_of(mean: Latents, std: Latents) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
+def moments_of(
+    mean: Latents, std: Latents | None
+) -> tuple[float, tuple[float, ...], tuple[float, ...]]:
     """Values per channel, their sum, and the sum of their expected squares, for the whitening."""
-    mean, std = mean.double(), std.double()
+    mean = mean.double()
     axes = (0, 2, 3)
     count = float(mean.shape[0] * mean.shape[2] * mean.shape[3])
-    squares = (mean.square() + std.square()).sum(axes)
+    squares = mean.square().sum(axes)
+    if std is not None:
+        squares = squares + std.double().square().sum(axes)
     return count, tuple(mean.sum(axes).tolist()), tuple(squares.tolist())
 
 
@@ -97,8 +103,10 @@ def build_manifest(
     class_names: tuple[str, ...],
     latent_shape: tuple[int, int, int],
     shards: Sequence[tuple[ShardEntry, ShardFacts]],
+    *,
+    noisy: bool,
 ) -> Manifest:
-    """Sum up the shards of a set, in order.
+    """Sum up the shards of a set, in order; `noisy` latents have a `std` column.
 
     Raises:
         DataError: the set is empty.
@@ -115,7 +123,7 @@ def build_manifest(
         recipe=recipe,
         count=count,
         latent_shape=latent_shape,
-        columns=COLUMNS,
+        columns=("mean", *(["std"] if noisy else []), "key", "label", "caption"),
         class_names=class_names,
         whitening=Whitening(mean=tuple(mean.tolist()), std=tuple(std.tolist())),
         shards=tuple(entry for entry, _ in shards),
@@ -151,12 +159,13 @@ class LatentSet:
         wanted = np.asarray(indices, dtype=np.int64)
         owners = np.searchsorted(self._starts, wanted, side="right") - 1
         shape = (len(wanted), *self.manifest.latent_shape)
-        mean, std = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        mean, std = np.empty(shape, np.float32), np.zeros(shape, np.float32)
         for owner in np.unique(owners):
             rows = np.flatnonzero(owners == owner)
             local = wanted[rows] - self._starts[owner]
             mean[rows] = self._shards[owner]["mean"][local]
-            std[rows] = self._shards[owner]["std"][local]
+            if "std" in self._shards[owner]:
+                std[rows] = self._shards[owner]["std"][local]
         labels = torch.from_numpy(self.labels[wanted])
         return LatentBatch(torch.from_numpy(mean), torch.from_numpy(std), labels)
 

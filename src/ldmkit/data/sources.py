@@ -2,9 +2,13 @@
 
 A source is scanned once into a list of items; each item knows where its bytes lie, so that a tar is
 as random access as a folder and any order of reading can be resumed.
+
+NAME.mask.png beside a picture NAME.* says which of its pixels count; it is no picture of its own. Nor
+is NAME.npy beside a picture of another kind: such files are its features.
 """
 
 import json
+import os
 import tarfile
 from collections.abc import Iterable
 from io import BufferedIOBase
@@ -18,10 +22,21 @@ from ldmkit.errors import DataError
 from ldmkit.terminal import say
 
 IMAGE_SUFFIXES = frozenset(
-    ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+    ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "npy")
 )
 SIDECAR_SUFFIXES = frozenset(("txt", "json", "jsonl", "csv", "parquet", "cls", "md"))
+MASK = "mask.png"
 NO_LABEL = -1
+MAX_BYTES = 4 << 30
+
+
+class Span(NamedTuple):
+    """Where bytes lie."""
+
+    file: Path
+    offset: int
+    size: int
+    """How many bytes; -1 means the rest of the file."""
 
 
 class Item(NamedTuple):
@@ -36,22 +51,25 @@ class Item(NamedTuple):
     label: int
     """Class index, or -1."""
     caption: str
+    mask: Span | None = None
+    """The picture that says which pixels count, where there is one."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in errors: the file, or the key in its tar."""
+        return str(self.file if self.size < 0 else self.file / self.key)
 
     def read(self) -> bytes:
         """The encoded picture.
 
         Raises:
-            DataError: the file cannot be read or has become shorter.
+            DataError: the file cannot be read, is too large or has become shorter.
         """
-        try:
-            with self.file.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise DataError(f"cannot read {self.file}: {error.strerror}") from error
-        if self.size >= 0 and len(data) != self.size:
-            raise DataError(f"{self.file} is cut off at {self.key}; copy it again")
-        return data
+        return _read(Span(self.file, self.offset, self.size), self.key)
+
+    def read_mask(self) -> bytes | None:
+        """The encoded mask; None without one. Raises as `read`."""
+        return _read(self.mask, f"{self.key}, its mask") if self.mask else None
 
 
 class Source(NamedTuple):
@@ -94,18 +112,23 @@ def _scan(path: Path) -> Source:
 def scan_folder(root: Path) -> Source:
     """Pictures below `root`; subfolders that hold all of them are the classes.
 
-    A `.txt` beside a picture is its caption. Hidden files are passed over.
+    A `.txt` beside a picture is its caption, a `.mask.png` its mask. Hidden files are passed over.
     """
     files = sorted(
         file
         for file in root.rglob("*")
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
     )
-    pictures = [file for file in files if _suffix(file) in IMAGE_SUFFIXES]
+    masks = {file for file in files if file.name.lower().endswith(f".{MASK}")}
+    pictures = _without_features(
+        [file for file in files if _suffix(file) in IMAGE_SUFFIXES and file not in masks]
+    )
+    of_pictures = {file.with_suffix(f".{MASK}") for file in pictures}
     ignored = [
         str(file.relative_to(root))
         for file in files
         if _suffix(file) not in IMAGE_SUFFIXES | SIDECAR_SUFFIXES
+        or (file in masks and file not in of_pictures)
     ]
     in_classes = all(len(file.relative_to(root).parts) > 1 for file in pictures)
     names = sorted({file.relative_to(root).parts[0] for file in pictures}) if in_classes else []
@@ -116,12 +139,14 @@ def scan_folder(root: Path) -> Source:
         label = numbers.get(relative.parts[0], NO_LABEL) if in_classes else NO_LABEL
         caption_file = file.with_suffix(".txt")
         caption = _text(caption_file.read_bytes(), caption_file) if caption_file.is_file() else ""
-        items.append(Item(relative.as_posix(), file, 0, -1, label, caption))
+        mask_file = file.with_suffix(f".{MASK}")
+        mask = Span(mask_file, 0, -1) if mask_file in masks else None
+        items.append(Item(relative.as_posix(), file, 0, -1, label, caption, mask))
     return Source(items, tuple(names), ignored)
 
 
 def scan_tars(tars: Iterable[Path]) -> Source:
-    """Samples of webdataset tars, in order: KEY.png with KEY.json, KEY.cls, KEY.txt beside it.
+    """Samples of webdataset tars, in order: KEY.png with KEY.json, KEY.cls, KEY.txt, KEY.mask.png.
 
     Class names come from a `classes.json` (a list) beside the tars, else from the largest label.
     """
@@ -170,9 +195,11 @@ def _tar_members(file: BufferedIOBase, tar: Path) -> dict[str, dict[str, tuple[i
 def _tar_item(
     tar: Path, key: str, members: dict[str, tuple[int, int]], file: BufferedIOBase
 ) -> Item | None:
-    picture = next((members[suffix] for suffix in members if suffix in IMAGE_SUFFIXES), None)
-    if picture is None:
+    suffixes = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+    if not suffixes:
         return None
+    picture = members[next((suffix for suffix in suffixes if suffix != "npy"), "npy")]
+    mask = Span(tar, *members[MASK]) if MASK in members else None
     where = tar / key
 
     def text(suffix: str) -> str:
@@ -195,7 +222,7 @@ def _tar_item(
         label = int(text("cls"))
     if "txt" in members:
         caption = text("txt")
-    return Item(key, tar, *picture, label, caption)
+    return Item(key, tar, *picture, label, caption, mask)
 
 
 def _class_names(file: Path, largest: int) -> tuple[str, ...]:
@@ -215,6 +242,29 @@ def _text(data: bytes, where: Path) -> str:
         return data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise DataError(f"the text of {where} is not UTF-8") from error
+
+
+def _without_features(files: list[Path]) -> list[Path]:
+    """Without the `.npy` files that stand beside a picture of another kind."""
+    others = {file.with_suffix("") for file in files if _suffix(file) != "npy"}
+    return [file for file in files if _suffix(file) != "npy" or file.with_suffix("") not in others]
+
+
+def _read(span: Span, key: str) -> bytes:
+    try:
+        with span.file.open("rb") as file:
+            size = span.size if span.size >= 0 else os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise DataError(
+                    f"{key} in {span.file} has {size:,} bytes; at most {MAX_BYTES:,} are read"
+                )
+            file.seek(span.offset)
+            data = file.read(span.size)
+    except OSError as error:
+        raise DataError(f"cannot read {span.file}: {error.strerror}") from error
+    if span.size >= 0 and len(data) != span.size:
+        raise DataError(f"{span.file} is cut off at {key}; copy it again")
+    return data
 
 
 def _suffix(file: Path) -> str:
