@@ -3,22 +3,18 @@ import torch
 
 from ldmkit import terminal
 from ldmkit.assembly import build_autoencoder
+from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
 from ldmkit.conditioning.condition import Condition, dropped, stacked
 from ldmkit.conditioning.label import LabelConditioner
-from ldmkit.configs import (
-    AutoencoderConfig,
-    DiffusionConfig,
-    PreprocessingConfig,
-    ScheduleConfig,
-    TrainDiffusionConfig,
-    UNetConfig,
-)
+from ldmkit.configs import TrainDiffusionConfig
+from ldmkit.diffusion_configs import DiffusionConfig, ScheduleConfig, UNetConfig
 from ldmkit.facts import Whitening
 from ldmkit.latent_diffusion import LatentDiffusion
-from ldmkit.networks.blocks import Norm, timestep_embedding
+from ldmkit.named_settings import PRESETS
+from ldmkit.networks import blocks
+from ldmkit.networks.blocks import Norm, SpatialAttention, timestep_embedding
 from ldmkit.networks.unet import UNet
 from ldmkit.options import resolve
-from ldmkit.presets import PRESETS
 
 TINY = UNetConfig(
     channels=16,
@@ -81,7 +77,7 @@ def test_no_preset_normalises_channels_one_by_one():
     for command, presets in PRESETS.items():
         for preset in presets.values():
             defaults = UNetConfig() if command == "train-diffusion" else AutoencoderConfig()
-            network = preset.get("unet", preset.get("autoencoder", {}))
+            network = preset.settings.get("unet", preset.settings.get("autoencoder", {}))
             channels = network.get("channels", defaults.channels)
             groups = network.get("norm_groups", defaults.norm_groups)
             assert channels // Norm(groups, 0.0).groups_of(channels) >= 4
@@ -211,3 +207,12 @@ def test_one_batch_overfits(generator):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(noise.square().mean().item(), rel=1e-3)  # it starts silent
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_attention_over_many_pixels_takes_another_kernel_to_the_same_result(monkeypatch):
+    torch.manual_seed(0)
+    attention = SpatialAttention(16, heads=2, norm=Norm(4, 1e-6), zero_init=False)
+    x = torch.randn(2, 16, 8, 12)
+    few = attention(x)
+    monkeypatch.setattr(blocks, "MANY_PIXELS", 96)
+    assert torch.allclose(attention(x), few, atol=1e-6)

@@ -1,36 +1,73 @@
 """The autoencoder: images in [-1, 1] to latents in its own (raw) space, and back."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ldmkit.autoencoder.codebook import Codebook, QuantizedPosterior
 from ldmkit.autoencoder.networks import Decoder, Encoder
-from ldmkit.autoencoder.posterior import GaussianPosterior
-from ldmkit.configs import AutoencoderConfig
+from ldmkit.autoencoder.posterior import GaussianPosterior, PointPosterior, Posterior
+from ldmkit.autoencoder_configs import AutoencoderConfig
 from ldmkit.tensors import Images, Latents
 
 
 class Autoencoder(nn.Module):
-    """The paper's KL-regularised autoencoder (Rombach et al. 2022, Sec. 3.1).
+    """The paper's autoencoder with any of its bottlenecks (Rombach et al. 2022, Sec. 3.1).
 
-    Its latents are raw: no scale is applied here. Diffusion whitens them, and only there.
+    Its latents are raw: no scale is applied here. Diffusion whitens them, and only there. The
+    `identity` has no network: its latents are the images.
 
     Args:
-        config: widths and depths.
+        config: bottleneck, widths and depths.
         image_channels: of the pictures.
     """
 
     def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
         super().__init__()
         self.config, self.image_channels = config, image_channels
-        z = config.latent_channels
-        self.encoder = Encoder(config, image_channels=image_channels, out_channels=2 * z)
-        self.to_moments = nn.Conv2d(2 * z, 2 * z, 1)  # "quant_conv" in the published checkpoints
+        identity = config.bottleneck == "identity"
+        self.latent_channels = z = image_channels if identity else config.latent_channels
+        self.codebook: Codebook | None = None
+        if identity:
+            self.encoder = self.to_moments = self.from_latents = self.decoder = nn.Identity()
+            return
+        moments = 2 * z if self.is_noisy else z
+        self.encoder = Encoder(config, image_channels=image_channels, out_channels=moments)
+        self.to_moments = nn.Conv2d(moments, moments, 1)  # "quant_conv" in published checkpoints
+        if config.bottleneck == "vq":
+            self.codebook = Codebook(config.codebook, z)
         self.from_latents = nn.Conv2d(z, z, 1)  # "post_quant_conv"
         self.decoder = Decoder(config, image_channels=image_channels)
 
-    def encode(self, images: Images) -> GaussianPosterior:
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; the identity has none and works anywhere."""
+        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether its posteriors have a standard deviation."""
+        return self.config.bottleneck == "kl"
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution, where the losses are balanced."""
+        return self.decoder.get_parameter("conv_out.weight")
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Keep the activations of whole levels only, and compute the others again (less memory)."""
+        for network in (self.encoder, self.decoder):
+            if isinstance(network, Encoder | Decoder):
+                network.checkpointing = wanted
+
+    def encode(self, images: Images) -> Posterior:
         """The posterior over latents `[b, z, h/f, w/f]`; h and w must be multiples of f."""
-        return GaussianPosterior(self.to_moments(self.encoder(images)))
+        features = self.to_moments(self.encoder(images))
+        if self.codebook is not None:
+            return QuantizedPosterior(features, self.codebook)
+        return (GaussianPosterior if self.is_noisy else PointPosterior)(features)
 
     def decode(self, latents: Latents) -> Images:
-        """Images for raw latents; not clipped to [-1, 1]."""
+        """Images for raw latents; not clipped to [-1, 1]. A codebook quantises them first."""
+        if self.codebook is not None:
+            latents = self.codebook.quantize(latents)
         return self.decoder(self.from_latents(latents))

@@ -5,10 +5,12 @@ convolution of stride 2), up-sampling is nearest-neighbour and a convolution; th
 residual block more per level than the encoder.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ldmkit.configs import AutoencoderConfig
+from ldmkit.autoencoder_configs import AutoencoderConfig
 from ldmkit.networks.blocks import FeatureMap, Norm, ResidualBlock, SpatialAttention, Upsample
 from ldmkit.tensors import Images
 
@@ -44,12 +46,15 @@ class Encoder(nn.Module):
         config: the autoencoder's.
         image_channels: of the pictures.
         out_channels: what the bottleneck asks for (2 z for the KL one).
+
+    `checkpointing` may be switched on to save memory in training.
     """
 
     def __init__(
         self, config: AutoencoderConfig, *, image_channels: int, out_channels: int
     ) -> None:
         super().__init__()
+        self.checkpointing = False
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         self.conv_in = nn.Conv2d(image_channels, config.channels, 3, padding=1)
         self.levels = nn.ModuleList()
@@ -72,7 +77,7 @@ class Encoder(nn.Module):
         """Map `[b, c, h, w]` to `[b, out_channels, h/f, w/f]`."""
         h = self.conv_in(images)
         for level in self.levels:
-            h = level(h)
+            h = _run(level, h, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(self.middle(h))))
 
 
@@ -81,6 +86,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, *, image_channels: int) -> None:
         super().__init__()
+        self.checkpointing = False
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         channels = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
@@ -103,8 +109,15 @@ class Decoder(nn.Module):
         """Map `[b, z, y, x]` to `[b, c, f y, f x]`."""
         h = self.middle(self.conv_in(latents))
         for level in self.levels:
-            h = level(h)
+            h = _run(level, h, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def _run(level: nn.Module, h: FeatureMap, checkpointing: bool) -> FeatureMap:
+    """A level's output; with checkpointing its activations are computed again when they are needed."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(level, h, use_reentrant=False)
+    return level(h)
 
 
 def _block(channels: int, out_channels: int, config: AutoencoderConfig) -> ResidualBlock:

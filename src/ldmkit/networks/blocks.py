@@ -14,6 +14,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+MANY_PIXELS = 4096
+"""From so many on, attention is given the memory layout that the kernels without a matrix of all
+pairs of pixels ask for; below, the plain kernel is as fast, and on very small maps faster."""
+
 # An underscore: the axis may differ between the arguments and the result of one function.
 FeatureMap = Float[Tensor, "batch _channels _y _x"]
 Embedding = Float[Tensor, "batch _width"]
@@ -109,7 +113,10 @@ class SpatialAttention(nn.Module):
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Every pixel attends to every pixel; the shape stays."""
         pattern = "b (three heads width) y x -> three b heads (y x) width"
-        q, k, v = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
+        qkv = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
+        if x.shape[2] * x.shape[3] >= MANY_PIXELS:
+            qkv = qkv.contiguous()
+        q, k, v = qkv
         attended = F.scaled_dot_product_attention(q, k, v)
         size = {"y": x.shape[2], "x": x.shape[3]}
         return x + self.out(
