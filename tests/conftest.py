@@ -1,6 +1,7 @@
 """Shared fixtures: a folder of small pictures, and a pipeline trained on it for a moment."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,16 +12,11 @@ from PIL import Image, ImageDraw
 
 import ldmkit
 from ldmkit import terminal
+from ldmkit.autoencoder_configs import AutoencoderConfig, DiscriminatorConfig, PreprocessingConfig
 from ldmkit.cli import app
-from ldmkit.configs import (
-    AutoencoderConfig,
-    AutoencoderLossConfig,
-    EncodeConfig,
-    PreprocessingConfig,
-    TrainAEConfig,
-    TrainDiffusionConfig,
-    UNetConfig,
-)
+from ldmkit.configs import EncodeConfig, TrainAEConfig, TrainDiffusionConfig
+from ldmkit.diffusion_configs import UNetConfig
+from ldmkit.torchvision_import import import_torchvision
 
 settings.register_profile("ldmkit", deadline=None, derandomize=True)  # a busy machine is no failure
 settings.load_profile("ldmkit")
@@ -70,7 +66,7 @@ def ae_config(data: Path, out: Path, **changes) -> TrainAEConfig:
         "autoencoder": AutoencoderConfig(
             channels=8, multipliers=(1, 2, 2), residual_blocks=1, norm_groups=2
         ),
-        "loss": AutoencoderLossConfig(disc_start=2, disc_channels=8, disc_layers=1),
+        "disc": DiscriminatorConfig(start="1", warmup=1, ramp=2, channels=8, layers=1),
     }
     return TrainAEConfig.model_validate(settings | changes)
 
@@ -121,6 +117,11 @@ def pipeline(pictures, tmp_path_factory) -> Pipeline:
     return Pipeline(pictures, tmp_path_factory.mktemp("pipeline"))
 
 
+def save_pickled(path: Path, content: object, *, zipped: bool = True) -> None:
+    """Write a checkpoint as other projects do."""
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)  # noqa: TID251
+
+
 class Done(NamedTuple):
     """What a command left."""
 
@@ -157,3 +158,12 @@ def run(capfdbinary, tmp_path_factory):
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def diffusers():
+    """The package that networks are compared with; its import is loud, and wants torchvision."""
+    import_torchvision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("diffusers")

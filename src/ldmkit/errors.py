@@ -23,6 +23,10 @@ class DataError(LdmkitError):
     exit_code = 3
 
 
+class QualityError(DataError):
+    """A result that misses a threshold which the user set."""
+
+
 class StorageError(LdmkitError):
     """No space, or reading or writing failed."""
 
@@ -33,6 +37,16 @@ class NonFiniteError(LdmkitError):
     """Training met a loss or gradient that is not a finite number."""
 
     exit_code = 5
+
+
+class CollapseError(LdmkitError):
+    """Adversarial training broke down; `step` is the one before which it was noticed."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class OutOfMemoryError(LdmkitError):

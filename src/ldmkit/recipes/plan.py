@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ldmkit.assembly import autoencoder_facts, build_autoencoder, build_diffusion, diffusion_config
 from ldmkit.autoencoder.discriminator import PatchDiscriminator
-from ldmkit.configs import Config, EncodeConfig, TrainAEConfig, TrainDiffusionConfig
+from ldmkit.configs import EncodeConfig, TrainAEConfig, TrainDiffusionConfig
 from ldmkit.data.images import read_images, split
 from ldmkit.data.latents import STORED_DTYPES, LatentSet
 from ldmkit.data.sources import open_source
+from ldmkit.fields import Config
 from ldmkit.training.checkpoint import KEEP
 
 FLOAT_BYTES = 4
@@ -29,13 +30,11 @@ def plan_train_ae(config: TrainAEConfig) -> list[str]:
     source = open_source(config.data)
     training, held_back = split(source.items, config.holdout)
     images = read_images(training[: config.batch_size], config.preprocessing)
+    counted = 1.0 - float(images.isnan().float().mean())
+    ends = float((images.abs() == 1.0).float().mean()) / counted
     with torch.device("meta"):
         model = build_autoencoder(config.autoencoder, config.preprocessing)
-        discriminator = PatchDiscriminator(
-            config.preprocessing.channels,
-            channels=config.loss.disc_channels,
-            layers=config.loss.disc_layers,
-        )
+        discriminator = PatchDiscriminator(config.preprocessing.channels, config.disc)
         batch = torch.empty(config.batch_size, *images.shape[1:])
         saved = saved_bytes(lambda: discriminator(model.decode(model.encode(batch).mean)))
         latents = model.encode(batch).mean
@@ -43,6 +42,7 @@ def plan_train_ae(config: TrainAEConfig) -> list[str]:
     checkpoint = trained * FLOAT_BYTES * (TRAINED_COPIES - 1)
     return [
         f"data: {len(training)} pictures to train on, {len(held_back)} held back; a batch is {list(batch.shape)}",
+        f"values: {counted:.1%} of the pixels of a batch count, {ends:.1%} of these are at an end of the range",
         f"latents: {list(latents.shape[1:])}, {config.autoencoder.factor} times smaller along each side",
         f"parameters: {parameters(model):,} (autoencoder), {parameters(discriminator):,} (discriminator)",
         f"memory: about {size(trained * FLOAT_BYTES * TRAINED_COPIES + saved)} without the perceptual network",

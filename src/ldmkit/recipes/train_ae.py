@@ -3,29 +3,67 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ldmkit.assembly import build_autoencoder, save_autoencoder
+from ldmkit.assembly import (
+    autoencoder_facts,
+    build_autoencoder,
+    init_autoencoder,
+    save_autoencoder,
+)
+from ldmkit.autoencoder.adversarial_phase import CollapseWatch, phase_of
 from ldmkit.autoencoder.autoencoder import Autoencoder
-from ldmkit.autoencoder.discriminator import PatchDiscriminator, discriminator_loss
-from ldmkit.autoencoder.loss import generator_loss
+from ldmkit.autoencoder.codebook import CodebookUpkeep
+from ldmkit.autoencoder.discriminator import PatchDiscriminator
+from ldmkit.autoencoder.loss import ReconstructionLoss, where_valid
 from ldmkit.autoencoder.perceptual import PerceptualDistance, box_distance, build_perceptual
-from ldmkit.configs import PreprocessingConfig, TrainAEConfig
-from ldmkit.data.images import read_images, split, training_batches
-from ldmkit.data.order import generator_for, seed_for
+from ldmkit.autoencoder.training_step import (
+    Learners,
+    batch_of,
+    divided,
+    update_autoencoder,
+    update_discriminator,
+    watch_autoencoder,
+)
+from ldmkit.autoencoder_configs import PreprocessingConfig
+from ldmkit.configs import TrainAEConfig
+from ldmkit.data.gaps import fill_gaps
+from ldmkit.data.images import (
+    Split,
+    depth_of,
+    read_images,
+    say_what_is_clipped,
+    split,
+    training_batches,
+)
+from ldmkit.data.order import generator_for, indices_of_step, seed_for
+from ldmkit.data.preprocessing import AnySize, resize
 from ldmkit.data.sources import Item, open_source
-from ldmkit.errors import InterruptedRun
+from ldmkit.errors import CollapseError, InterruptedRun
 from ldmkit.metrics.reconstruction import psnr
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.interruption import Interruption
-from ldmkit.training.optimization import learning_rate, set_learning_rate
+from ldmkit.training.optimization import (
+    averaged_copy,
+    learning_rate,
+    set_learning_rate,
+    update_average,
+)
 from ldmkit.training.run import due, finished, open_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
+from ldmkit.training.setback import Setback, read_setback, write_setback
 
-WEIGHTS, NOISE, GLOBAL = 2, 3, 4  # places in the seed tree
+WEIGHTS, NOISE, GLOBAL, CODES, RESOLUTION = 2, 3, 4, 5, 6  # places in the seed tree
 PREVIEWS = 8
+CHECK_EVERY = 25
+"""Steps between looks at the watch, each of which waits for the device."""
+LARGEST_FIRST = 10
+"""Steps at the largest resolution, so that a lack of memory shows at once."""
+MARGIN = 500
+"""Steps before a collapse was noticed in which a state is not trusted any more."""
 
 
 def train_ae(config: TrainAEConfig) -> Path:
@@ -38,57 +76,105 @@ def train_ae(config: TrainAEConfig) -> Path:
         DataError: a picture or the data set cannot be used.
         UsageError: OUT holds a run with other settings.
         InterruptedRun: a signal asked to stop; the state is saved.
+        CollapseError: adversarial training broke down, and again after it was set back.
     """
     result = config.out / "autoencoder.safetensors"
     if finished(config, result):
         return result
+    if config.autoencoder.bottleneck == "identity":
+        open_run(config)
+        model = build_autoencoder(config.autoencoder, config.preprocessing)
+        save_autoencoder(result, model, config.preprocessing, {"pictures": 0, "steps": 0})
+        return result
     device = pick_device(config.device)
-    source = open_source(config.data)
-    training, held_back = split(source.items, config.holdout)
-    say(f"{len(training)} pictures to train on, {len(held_back)} held back, from {config.data}")
+    data = split(open_source(config.data).items, config.holdout)
+    training, held_back = (len(items) for items in data)
+    say(f"{training} pictures to train on, {held_back} held back, from {config.data}")
+    say_what_is_clipped(data.training, config.preprocessing)
+    depth = depth_of(data.training, config.preprocessing)
     perceptual = build_perceptual(config.loss)
     open_run(config)
+    learners = build_learners(config, perceptual, device)
+    optimizers = {"generator": learners.optimizer, "discriminator": learners.disc_optimizer}
+    counts_from = config.disc_start + config.disc.warmup
+    state = TrainingState(config.out, learners.modules, optimizers, lasting=counts_from)
+    while True:
+        setback = read_setback(config.out)
+        start = state.load_latest(device)
+        if start == 0:
+            begin(config, learners, data.training)
+        try:
+            quality = train(config, learners, state, data, start, setback)
+            break
+        except CollapseError as collapse:
+            set_back(config, state, setback, collapse)
 
-    torch.manual_seed(seed_for(config.seed, WEIGHTS))
-    loss = config.loss
-    model = build_autoencoder(config.autoencoder, config.preprocessing).to(device)
-    discriminator = PatchDiscriminator(
-        config.preprocessing.channels, channels=loss.disc_channels, layers=loss.disc_layers
-    ).to(device)
-    perceptual = perceptual.to(device) if perceptual else None
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, config.betas, fused=True)
-    disc_optimizer = torch.optim.Adam(
-        discriminator.parameters(), config.lr, config.betas, fused=True
+    trained = {
+        "pictures": training,
+        "steps": config.steps,
+        "holdout": config.holdout,
+        "seen": config.steps * config.batch_size,
+    }
+    decodes: tuple[str, ...] = ()
+    if config.decoder_only and config.init is not None:
+        former = autoencoder_facts(config.init)
+        decodes = (former.fingerprint, *former.decodes)
+    save_autoencoder(
+        result,
+        learners.result,
+        config.preprocessing,
+        trained | quality,
+        depth=depth,
+        decodes=decodes,
     )
-    state = TrainingState(
-        config.out,
-        {"autoencoder": model, "discriminator": discriminator},
-        {"generator": optimizer, "discriminator": disc_optimizer},
-    )
-    start = state.load_latest(device)
+    return result
+
+
+def train(
+    config: TrainAEConfig,
+    learners: Learners,
+    state: TrainingState,
+    data: Split,
+    start: int,
+    setback: Setback | None,
+) -> dict[str, float]:
+    """Carry the run from step `start` to its end; returns the quality on held-back pictures.
+
+    Raises:
+        CollapseError: adversarial training broke down.
+        InterruptedRun: a signal asked to stop; the state is saved.
+    """
+    device = learners.model.device
     log = RunLog(config.out, start, tensorboard=config.tensorboard)
-    autocast = autocast_for(device, config.precision)
+    if setback is not None and start == setback.step:
+        log.write(start, {"set_back_from": float(setback.failed)})
+        learners.watch.forgive()
+    counts_from = config.disc_start + config.disc.warmup
+    previews = (data.held_back or data.training)[:PREVIEWS]
     batches = training_batches(
-        training,
+        data.training,
         config.preprocessing,
         batch_size=config.batch_size,
         seed=config.seed,
         start=start,
         workers=config.workers,
     )
-
     means: dict[str, float] = {}
     with (
         Interruption() as stop,
         track("train-ae", config.steps, done=start, unit="step") as progress,
     ):
         for step in range(start, config.steps + 1):
-            saving = stop.requested or due(step, config.save_every, config.steps)
-            if saving or due(step, config.log_every, config.steps):
+            entering = step == counts_from  # a state to fall back to
+            saving = stop.requested or entering or due(step, config.save_every, config.steps)
+            logging = saving or due(step, config.log_every, config.steps)
+            if step > counts_from and (logging or step % CHECK_EVERY == 0):
+                learners.watch.raise_if_collapsed(step)
+            if logging:
                 means = log.write_means(step, config.batch_size) or means
             if due(step, config.sample_every, config.steps) and step > start:
-                pictures = read_images((held_back or training)[:PREVIEWS], config.preprocessing)
-                sheet = grid(compare(model, pictures.to(device)), PREVIEWS)
+                pictures = fill_gaps(read_images(previews, config.preprocessing)).images
+                sheet = grid(compare(learners.result, pictures.to(device)), PREVIEWS)
                 log.picture(step, "reconstructions", sheet)
             if saving:
                 log.flush()
@@ -100,67 +186,139 @@ def train_ae(config: TrainAEConfig) -> Path:
 
             torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
             rate = learning_rate(config.lr, step, config)
-            set_learning_rate(optimizer, rate)
-            set_learning_rate(disc_optimizer, rate)
-            images = next(batches).to(device)
+            set_learning_rate(learners.optimizer, rate)
+            set_learning_rate(learners.disc_optimizer, rate)
+            phase = phase_of(step, config.disc_start, config.disc)
+            weight = phase.weight * (1.0 if setback is None else 0.5)
+            images, valid = fill_gaps(at_resolution(next(batches), config, step))
             noise = noise_from(generator_for(config.seed, NOISE, step))
-            judged = loss.disc_weight > 0 and step >= loss.disc_start
+            valid = valid if valid is None else valid.to(device)
+            batch = batch_of(images.to(device), valid, learners.model, noise)
+            parts = divided(batch, config.accumulate)
 
-            discriminator.requires_grad_(False)
-            with autocast():
-                posterior = model.encode(images)
-                reconstructions = model.decode(posterior.sample(noise))
-                terms = generator_loss(
-                    images,
-                    reconstructions,
-                    posterior,
-                    loss,
-                    perceptual=perceptual,
-                    discriminator=discriminator if judged else None,
-                    last_layer=model.decoder.conv_out.weight,
-                )
-            optimizer.zero_grad(set_to_none=True)
-            terms.total.backward()
-            optimizer.step()
-            scalars = terms._asdict()
-
-            if judged:
-                discriminator.requires_grad_(True)
-                with autocast():
-                    real, fake = discriminator(images), discriminator(reconstructions.detach())
-                    disc_loss = discriminator_loss(real, fake)
-                disc_optimizer.zero_grad(set_to_none=True)
-                disc_loss.backward()
-                disc_optimizer.step()
-                scalars |= {
-                    "disc_loss": disc_loss,
-                    "logits_real": real.mean(),
-                    "logits_fake": fake.mean(),
-                }
-
+            scalars: dict[str, Tensor] = {}
+            if phase.autoencoder_learns:
+                shown, terms = update_autoencoder(learners, config, parts, weight)
+                distance = terms.perceptual if learners.loss.has_perceptual else terms.pixel
+                learners.watch.note_autoencoder(terms.total, distance)
+                scalars |= terms._asdict()
+                if learners.upkeep is not None:
+                    latents = torch.cat([part.latents for part in shown])
+                    draw = generator_for(config.seed, CODES, step)
+                    scalars |= learners.upkeep.update(latents, draw)
+                if learners.average is not None:
+                    update_average(learners.average, learners.model, step, config.ema_decay)
+            else:
+                shown = watch_autoencoder(learners, parts)
+            if phase.discriminator_learns:
+                penalize = config.disc.r1_weight > 0 and step % config.disc.r1_every == 0
+                judged = update_discriminator(learners, config, shown, penalize=penalize)
+                if phase.autoencoder_learns:
+                    learners.watch.note_discriminator(judged["accuracy"])
+                scalars |= judged
             log.add(scalars)
-            progress.advance(note=f"l1 {means['pixel']:.4f}" if means else "")
-
-    quality = evaluate(model, held_back, config.preprocessing, config.batch_size)
+            progress.advance(note=f"pixel {means['pixel']:.4f}" if "pixel" in means else "")
+    quality = evaluate(learners.result, data.held_back, config.preprocessing, config.batch_size)
     if quality:
         log.write(config.steps, quality)
         say("held back: " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items()))
-    trained = {
-        "pictures": len(training),
-        "steps": config.steps,
-        "holdout": config.holdout,
-        "seen": config.steps * config.batch_size,
-    }
-    save_autoencoder(result, model, config.preprocessing, trained | quality)
-    return result
+    return quality
+
+
+def build_learners(
+    config: TrainAEConfig, perceptual: PerceptualDistance | None, device: torch.device
+) -> Learners:
+    """Networks with fresh weights, losses and optimizers."""
+    torch.manual_seed(seed_for(config.seed, WEIGHTS))
+    model = build_autoencoder(config.autoencoder, config.preprocessing).to(device)
+    model.checkpoint_activations(config.checkpointing)
+    frozen = [model.encoder, model.to_moments, model.codebook] if config.decoder_only else []
+    for module in frozen:
+        if module is not None:
+            module.requires_grad_(False)
+    discriminator = PatchDiscriminator(config.preprocessing.channels, config.disc).to(device)
+    loss = ReconstructionLoss(config.loss, perceptual.to(device) if perceptual else None)
+    loss = loss.to(device)
+    trained = [p for p in (*model.parameters(), *loss.parameters()) if p.requires_grad]
+    disc_trained = list(discriminator.parameters())
+    codebook = None if config.decoder_only else model.codebook
+    return Learners(
+        model=model,
+        average=averaged_copy(model) if config.ema_decay else None,
+        loss=loss,
+        discriminator=discriminator,
+        upkeep=CodebookUpkeep(codebook) if codebook is not None else None,
+        watch=CollapseWatch(config.disc).to(device),
+        optimizer=torch.optim.Adam(trained, config.lr, config.betas, fused=True),
+        disc_optimizer=torch.optim.Adam(disc_trained, config.lr, config.betas, fused=True),
+        autocast=autocast_for(device, config.precision),
+    )
+
+
+@torch.no_grad()
+def begin(config: TrainAEConfig, learners: Learners, items: list[Item]) -> None:
+    """Before the first step: weights of --init, codes by k-means of the first batch's latents."""
+    model = learners.model
+    missing = sorted(model.state_dict())
+    if config.init is not None:
+        missing = init_autoencoder(model, config.init)
+        names = ", ".join(missing) or "all of them were found"
+        say(f"{len(missing)} tensors not loaded from {config.init}: {names}")
+    if learners.upkeep is not None:
+        latents = None
+        if config.autoencoder.codebook.kmeans_start and "codebook.codes" in missing:
+            order = indices_of_step(
+                0, count=len(items), batch_size=config.batch_size, seed=config.seed
+            )
+            first = read_images([items[index] for index, _ in order], config.preprocessing)
+            latents = model.encode(fill_gaps(first).images.to(model.device)).mean
+        learners.upkeep.begin(latents, generator_for(config.seed, CODES))
+    if learners.average is not None:
+        learners.average.load_state_dict(model.state_dict())
+
+
+def set_back(
+    config: TrainAEConfig,
+    state: TrainingState,
+    former: Setback | None,
+    collapse: CollapseError,
+) -> None:
+    """After a collapse: drop the states that may be spoilt; the next attempt has half the weight.
+
+    Raises:
+        CollapseError: it had been done before, or there is no good state.
+    """
+    failed = collapse.step
+    if former is not None:
+        raise CollapseError(
+            f"{collapse}; so it did before step {former.failed} ({former.reason}), after which it "
+            "had half the weight: begin anew with a smaller --disc.weight, or a longer --disc.warmup",
+            failed,
+        ) from collapse
+    last_good = state.drop_after(max(config.disc_start + config.disc.warmup, failed - MARGIN))
+    if last_good is None:
+        raise collapse
+    say(f"{collapse}; going back to step {last_good}, with half the weight of the discriminator")
+    write_setback(config.out, Setback(step=last_good, failed=failed, reason=str(collapse)))
+
+
+def at_resolution(images: AnySize, config: TrainAEConfig, step: int) -> AnySize:
+    """The batch at one of the sides of --multi-resolution, chosen by (seed, step)."""
+    sides = sorted(config.multi_resolution, reverse=True)
+    if not sides:
+        return images
+    pick = torch.randint(len(sides), (), generator=generator_for(config.seed, RESOLUTION, step))
+    side = sides[0 if step < LARGEST_FIRST else int(pick)]
+    return resize(images, (side, side), config.preprocessing.resize)
 
 
 @torch.no_grad()
 def compare(model: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """8-bit pixels of images, followed by their reconstructions from the posterior's mean."""
+    was_training = model.training
     model.eval()
     reconstructions = model.decode(model.encode(images).mean)
-    model.train()
+    model.train(was_training)
     return to_pixels(torch.cat([images, reconstructions]))
 
 
@@ -172,15 +330,16 @@ def evaluate(
     if not items:
         return {}
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     distance: PerceptualDistance = box_distance().to(device)
     decibels, distances = [], []
     for first in range(0, len(items), batch_size):
-        images = read_images(items[first : first + batch_size], preprocessing).to(device)
-        reconstructions = model.decode(model.encode(images).mean)
-        decibels.append(psnr(images, reconstructions))
-        distances.append(distance(images, reconstructions.clamp(-1.0, 1.0)))
-    model.train()
+        images, valid = fill_gaps(read_images(items[first : first + batch_size], preprocessing))
+        images = images.to(device)
+        made = model.decode(model.encode(images).mean).clamp(-1.0, 1.0)
+        made = where_valid(images, made, valid if valid is None else valid.to(device))
+        decibels.append(psnr(images, made))
+        distances.append(distance(images, made))
     return {
         "held_back_psnr": float(torch.cat(decibels).mean()),
         "held_back_vgg16": float(torch.cat(distances).mean()),

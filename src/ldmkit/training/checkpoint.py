@@ -31,13 +31,19 @@ class TrainingState:
         run: the run directory.
         modules: everything with weights or buffers.
         optimizers: over parameters of those modules; their settings are the config's business.
+        lasting: a step whose checkpoint stays, however many come after it.
     """
 
     def __init__(
-        self, run: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+        self,
+        run: Path,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        *,
+        lasting: int | None = None,
     ) -> None:
         self.directory = run / "checkpoints"
-        self.modules, self.optimizers = modules, optimizers
+        self.modules, self.optimizers, self.lasting = modules, optimizers, lasting
         self.saved_step: int | None = None
 
     def save(self, step: int) -> None:
@@ -64,7 +70,8 @@ class TrainingState:
             )
         self.saved_step = step
         for old in saved_checkpoints(self.directory)[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)
+            if step_of(old) != self.lasting:
+                shutil.rmtree(old, ignore_errors=True)
 
     def load_latest(self, device: torch.device) -> int:
         """Restore the newest whole checkpoint; returns the step to go on with, 0 for a new run.
@@ -86,6 +93,15 @@ class TrainingState:
         if found:
             raise DataError(f"none of the {len(found)} checkpoints in {self.directory} can be read")
         return 0
+
+    def drop_after(self, step: int) -> int | None:
+        """Remove all checkpoints of later steps; returns the newest step that is left."""
+        found = saved_checkpoints(self.directory)
+        for path in reversed(found):
+            if step_of(path) > step:
+                shutil.rmtree(path)
+        self.saved_step = max((step_of(path) for path in found if path.exists()), default=None)
+        return self.saved_step
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -127,6 +143,11 @@ def _require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
                 f"{name} is not finite before step {step}; the last checkpoint is from before: "
                 "lower --lr, or look at the data, and run again"
             )
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def saved_checkpoints(directory: Path) -> list[Path]:

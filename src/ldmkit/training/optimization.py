@@ -25,6 +25,13 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def clip_gradients(optimizer: Optimizer, norm: float) -> None:
+    """Scale the gradients of an optimizer's parameters down to this norm, together; 0 = leave them."""
+    if norm > 0:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+
 def averaged_copy(module: Module) -> Module:
     """A frozen copy of a module, to hold the average of its weights."""
     return copy.deepcopy(module).requires_grad_(False).eval()

@@ -28,7 +28,7 @@ def require_same_run(config: TrainingConfig) -> None:
     """Raise UsageError, naming the first setting that differs, if OUT holds another run."""
     file = config.out / CONFIG_FILE
     if file.exists():
-        free = set(config.FREE_TO_CHANGE) - ({"steps"} if config.cooldown else set())
+        free = set(config.FREE_TO_CHANGE) - ({"steps"} if config.steps_shape_the_run else set())
         difference = first_difference(config, read_toml(file), ignore=free)
         if difference:
             name, ours, theirs = difference

@@ -1,0 +1,188 @@
+"""One step of each side of the first stage: the autoencoder's, then the discriminator's.
+
+Both see the same pictures, the discriminator those reconstructions that the autoencoder was judged
+by, cut off from its graph (Esser et al. 2021). Neither side's gradients reach the other's weights.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ldmkit.autoencoder.adversarial_phase import CollapseWatch
+from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.autoencoder.codebook import CodebookUpkeep
+from ldmkit.autoencoder.discriminator import (
+    DISCRIMINATOR_LOSSES,
+    PatchDiscriminator,
+    accuracy,
+    gradient_penalty,
+)
+from ldmkit.autoencoder.loss import (
+    Adversary,
+    GeneratorLoss,
+    ReconstructionLoss,
+    Valid,
+    where_valid,
+)
+from ldmkit.autoencoder.posterior import Posterior
+from ldmkit.configs import TrainAEConfig
+from ldmkit.tensors import Images, Latents, Noise
+from ldmkit.training.optimization import clip_gradients
+
+
+class Learners(NamedTuple):
+    """Everything of the first stage that learns, and what it learns by."""
+
+    model: Autoencoder
+    average: Autoencoder | None
+    loss: ReconstructionLoss
+    discriminator: PatchDiscriminator
+    upkeep: CodebookUpkeep | None
+    watch: CollapseWatch
+    optimizer: Optimizer
+    disc_optimizer: Optimizer
+    autocast: Callable[[], AbstractContextManager[object]]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds, by name."""
+        parts: dict[str, nn.Module | None] = {
+            "autoencoder": self.model,
+            "average": self.average,
+            "loss": self.loss,
+            "discriminator": self.discriminator,
+            "upkeep": self.upkeep,
+            "watch": self.watch,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def result(self) -> Autoencoder:
+        """The autoencoder that is shown, judged and saved."""
+        return self.average or self.model
+
+
+class Part(NamedTuple):
+    """A batch, or as much of one as goes through the networks at once."""
+
+    images: Images
+    valid: Valid | None
+    """Pixels that count; all if None."""
+    noise: Latents
+    """What the posterior is drawn with."""
+
+
+class Shown(NamedTuple):
+    """What the autoencoder made of a part, without its graph."""
+
+    images: Images
+    reconstructions: Images
+    latents: Latents
+
+
+def batch_of(images: Images, valid: Valid | None, model: Autoencoder, noise: Noise) -> Part:
+    """A whole batch with the noise for its latents, which is the same however it is divided."""
+    factor = model.config.factor
+    size = (images.shape[2] // factor, images.shape[3] // factor)
+    drawn = noise(images.new_empty(len(images), model.latent_channels, *size))
+    return Part(images, valid, drawn)
+
+
+def divided(batch: Part, count: int) -> list[Part]:
+    """So many parts of equal size."""
+    masks = [None] * count if batch.valid is None else batch.valid.chunk(count)
+    parts = zip(batch.images.chunk(count), masks, batch.noise.chunk(count), strict=True)
+    return [Part(*part) for part in parts]
+
+
+def reconstruct(learners: Learners, part: Part) -> tuple[Images, Posterior]:
+    """A part's reconstructions, with the pictures' own values where pixels do not count."""
+    model = learners.model
+    with learners.autocast():
+        posterior = model.encode(part.images)
+        reconstructions = model.decode(posterior.sample(lambda mean: part.noise.to(mean.dtype)))
+    return where_valid(part.images, reconstructions.float(), part.valid), posterior
+
+
+def update_autoencoder(
+    learners: Learners, config: TrainAEConfig, parts: Sequence[Part], weight: float
+) -> tuple[list[Shown], GeneratorLoss]:
+    """One step of the autoencoder.
+
+    Args:
+        learners: whose model moves.
+        config: of the run.
+        parts: of the batch.
+        weight: of the adversarial loss; at 0 the discriminator is not even asked.
+
+    Returns:
+        What it made of each part, and the terms of its loss, means over the parts.
+    """
+    learners.discriminator.requires_grad_(False)
+    adversary = None
+    if weight > 0:
+        adversary = Adversary(
+            learners.discriminator, weight, learners.model.last_layer, config.disc.max_adaptive
+        )
+    learners.optimizer.zero_grad(set_to_none=True)
+    shown, terms = [], []
+    for part in parts:
+        reconstructions, posterior = reconstruct(learners, part)
+        with learners.autocast():
+            loss = learners.loss(
+                part.images, reconstructions, posterior, valid=part.valid, adversary=adversary
+            )
+        (loss.total / len(parts)).backward()
+        shown.append(Shown(part.images, reconstructions.detach(), posterior.mean.detach()))
+        terms.append([term.detach() for term in loss])
+    clip_gradients(learners.optimizer, config.clip_norm)
+    learners.optimizer.step()
+    return shown, GeneratorLoss(*(torch.stack(term).mean() for term in zip(*terms, strict=True)))
+
+
+@torch.no_grad()
+def watch_autoencoder(learners: Learners, parts: Sequence[Part]) -> list[Shown]:
+    """What the autoencoder makes of each part while it waits."""
+    shown = []
+    for part in parts:
+        reconstructions, posterior = reconstruct(learners, part)
+        shown.append(Shown(part.images, reconstructions, posterior.mean))
+    return shown
+
+
+def update_discriminator(
+    learners: Learners, config: TrainAEConfig, shown: Sequence[Shown], *, penalize: bool
+) -> dict[str, Tensor]:
+    """One step of the discriminator.
+
+    Args:
+        learners: whose discriminator moves.
+        config: of the run.
+        shown: pictures and reconstructions.
+        penalize: add the gradient penalty, for all the steps until it is added again.
+
+    Returns:
+        Its loss, accuracy and mean logits.
+    """
+    discriminator = learners.discriminator.requires_grad_(True)
+    learners.disc_optimizer.zero_grad(set_to_none=True)
+    scalars: dict[str, list[Tensor]] = {}
+    for images, reconstructions, _ in shown:
+        with learners.autocast():
+            real, fake = discriminator(images), discriminator(reconstructions)
+            loss = DISCRIMINATOR_LOSSES[config.disc.loss](real, fake)
+        numbers = {"disc_loss": loss, "accuracy": accuracy(real, fake)}
+        numbers |= {"logits_real": real.float().mean(), "logits_fake": fake.float().mean()}
+        if penalize:
+            numbers["r1"] = gradient_penalty(discriminator, images)
+            loss = loss + config.disc.r1_weight * config.disc.r1_every * numbers["r1"]
+        (loss / len(shown)).backward()
+        for name, value in numbers.items():
+            scalars.setdefault(name, []).append(value.detach())
+    clip_gradients(learners.disc_optimizer, config.clip_norm)
+    learners.disc_optimizer.step()
+    return {name: torch.stack(values).mean() for name, values in scalars.items()}
