@@ -40,6 +40,7 @@ def test_latents_are_the_posterior_of_the_pictures(pipeline):
     batch = latents.read(order)
     assert batch.mean.shape == (4, 4, SIZE // 4, SIZE // 4)
     assert torch.allclose(batch.mean, posterior.mean[order], rtol=1e-3, atol=1e-3)
+    assert posterior.std is not None
     assert torch.allclose(batch.std, posterior.std[order], rtol=1e-3, atol=1e-3)
     assert batch.label.tolist() == [items[index].label for index in order]
 
@@ -177,7 +178,7 @@ def test_one_channel_of_sixteen_bits_goes_through_both_stages(tmp_path):
     assert samples is not None
     pictures = ldmkit.decode(DecodeConfig(samples=samples, ae=ae, out=tmp_path / "pictures"))
     with Image.open(pictures / "000001.png") as image:
-        assert image.mode == "L"
+        assert image.mode == "I;16"
 
 
 def test_latents_too_large_for_float16_are_not_written(config, monkeypatch):

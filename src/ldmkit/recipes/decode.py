@@ -1,20 +1,21 @@
 """`ldmkit decode`: sampled latents in, pictures out."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from io import BufferedIOBase
 from pathlib import Path
 
 import torch
 
-from ldmkit.assembly import load_autoencoder, require_same_autoencoder
+from ldmkit.assembly import autoencoder_facts, load_autoencoder, require_same_autoencoder
+from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.configs import STREAM, DecodeConfig
 from ldmkit.durable import atomic_file, sweep_temporaries
-from ldmkit.errors import DataError
-from ldmkit.facts import SampleFacts, validated
+from ldmkit.errors import DataError, UsageError
+from ldmkit.facts import AutoencoderFacts, SampleFacts, validated
 from ldmkit.modelfile import load_messages
-from ldmkit.pixels import Pixels, grid, save_png, to_pixels
+from ldmkit.pixels import Pixels, grid, save_npy, save_png, save_png16, shown, to_pixels
 from ldmkit.tensors import Latents
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import groups_of, pick_device
@@ -23,7 +24,7 @@ MAX_GRID = 256
 
 
 def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
-    """Decode samples to PNG files named by seed and class, and a grid of the first 256.
+    """Decode samples to files named by seed and class, and a grid of the first 256.
 
     Args:
         config: what to decode, with what, to where.
@@ -34,13 +35,18 @@ def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
 
     Raises:
         DataError: the samples are not of this autoencoder, are damaged, or the stream ended early.
+        UsageError: the format cannot hold the autoencoder's channels.
     """
     source = "standard input" if config.samples == STREAM else str(config.samples)
     device = pick_device(config.device)
     model = load_autoencoder(config.ae, device)
+    ae_facts = autoencoder_facts(config.ae)
+    suffix, write = WRITERS[choose_format(config, ae_facts)]
+    if config.tile:
+        compute_in_tiles(model, config.tile, exact=config.tiling == "exact", scratch=config.scratch)
     config.out.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(config.out)
-    shown: list[Pixels] = []
+    previews: list[Pixels] = []
     done = total = 0
     with ExitStack() as stack:
         progress = None
@@ -49,11 +55,13 @@ def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
                 require_same_autoencoder(facts.autoencoder, config.ae, f"the samples in {source}")
                 total = facts.total
                 progress = stack.enter_context(track("decode", total, unit="picture"))
-            for group, kept in groups_of(len(latents), config.batch_size, device):
+            for group, kept in _groups(len(latents), config, device):
                 with torch.inference_mode():
-                    pixels = to_pixels(model.decode(latents[group].to(device)))[:kept]
-                _save(config.out, [names[index] for index in group[:kept]], pixels)
-                shown += [pixels] if done < MAX_GRID else []
+                    images = model.decode(latents[group].to(device))[:kept].float().cpu()
+                for index, image in zip(group, images, strict=False):
+                    with atomic_file(config.out / f"{names[index]}.{suffix}") as temporary:
+                        write(temporary, image, ae_facts)
+                previews += [shown(to_pixels(images))] if done < MAX_GRID else []
                 done += kept
                 progress.advance(kept)
     if done != total or not total:
@@ -62,7 +70,7 @@ def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
             if total
             else f"{source} holds no samples"
         )
-    pictures = torch.cat(shown)[:MAX_GRID]
+    pictures = torch.cat(previews)[:MAX_GRID]
     with atomic_file(config.out / "grid.png") as temporary:
         save_png(temporary, grid(pictures, columns=max(1, round(len(pictures) ** 0.5))))
     say(f"{done} pictures and grid.png in {config.out}")
@@ -70,11 +78,55 @@ def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
 
 
 def picture_name(seed: int, label: int, class_names: tuple[str, ...]) -> str:
-    """File name of a picture: seed and class, of safe characters only."""
+    """File name of a picture without suffix: seed and class, of safe characters only."""
     if label < 0:
-        return f"{seed:06d}.png"
+        return f"{seed:06d}"
     slug = re.sub(r"[^a-z0-9]+", "-", class_names[label].lower()).strip("-")[:60]
-    return f"{seed:06d}-{slug or label}.png"
+    return f"{seed:06d}-{slug or label}"
+
+
+def choose_format(config: DecodeConfig, facts: AutoencoderFacts) -> str:
+    """The file format: the one asked for, or the smallest that loses nothing.
+
+    `auto` is PNG for what was trained on 8 bits of 1 or 3 channels, 16-bit PNG for 16 bits of one
+    channel, and NumPy files for all others and wherever a range is declared.
+
+    Raises:
+        UsageError: the format cannot hold that many channels.
+    """
+    channels, wanted = facts.image_channels, config.format
+    if wanted == "auto":
+        whole = facts.preprocessing.range is None
+        if whole and facts.depth == "uint8" and channels in (1, 3):
+            return "png"
+        return "png16" if whole and facts.depth == "uint16" and channels == 1 else "npy"
+    if (wanted == "png" and channels not in (1, 3)) or (wanted == "png16" and channels != 1):
+        raise UsageError(f"--format {wanted} cannot hold {channels} channels; take npy")
+    return wanted
+
+
+def _write_png(path: Path, image: torch.Tensor, facts: AutoencoderFacts) -> None:
+    del facts
+    save_png(path, to_pixels(image[None])[0])
+
+
+def _write_png16(path: Path, image: torch.Tensor, facts: AutoencoderFacts) -> None:
+    del facts
+    save_png16(path, image)
+
+
+def _write_npy(path: Path, image: torch.Tensor, facts: AutoencoderFacts) -> None:
+    natural = 65535.0 if facts.depth == "uint16" else 255.0
+    save_npy(path, image, facts.preprocessing.range or (0.0, natural))
+
+
+def _groups(
+    count: int, config: DecodeConfig, device: torch.device
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """As `groups_of`; in tiles one by one, since even one picture may be large."""
+    if config.tile:
+        return ((torch.tensor([number]), 1) for number in range(count))
+    return groups_of(count, config.batch_size, device)
 
 
 def _blocks(
@@ -101,7 +153,9 @@ def _read(file: BufferedIOBase, source: str) -> Iterator[tuple[Latents, list[str
         yield tensors["latents"], names, facts
 
 
-def _save(directory: Path, names: list[str], pixels: Pixels) -> None:
-    for name, picture in zip(names, pixels, strict=True):
-        with atomic_file(directory / name) as temporary:
-            save_png(temporary, picture)
+WRITERS: dict[str, tuple[str, Callable[[Path, torch.Tensor, AutoencoderFacts], None]]] = {
+    "png": ("png", _write_png),
+    "png16": ("png", _write_png16),
+    "npy": ("npy", _write_npy),
+}
+"""Format -> suffix, and what writes one image `[c, h, w]` in [-1, 1]."""

@@ -9,9 +9,12 @@ import torch
 
 from ldmkit.assembly import autoencoder_facts, load_autoencoder
 from ldmkit.autoencoder.autoencoder import Autoencoder
-from ldmkit.configs import STREAM, EncodeConfig, PreprocessingConfig
+from ldmkit.autoencoder.tiling import compute_in_tiles
+from ldmkit.autoencoder_configs import PreprocessingConfig
+from ldmkit.configs import STREAM, EncodeConfig
 from ldmkit.container import file_digest, read_header
-from ldmkit.data.images import read_images
+from ldmkit.data.gaps import fill_gaps
+from ldmkit.data.images import read_images, say_what_is_clipped
 from ldmkit.data.latents import (
     STORED_DTYPES,
     build_manifest,
@@ -59,17 +62,21 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
     source = open_source(config.data)
     recipe = {
         "autoencoder": facts.fingerprint,
-        "preprocessing": preprocessing.model_dump(mode="json"),
+        "preprocessing": preprocessing.model_dump(mode="json", exclude_none=True),
         "dtype": config.dtype,
         "shard_size": config.shard_size,
+        "tile": config.tile if config.tile and config.tiling == "independent" else None,
         "items": items_digest(source.items),
     }
     if stream is None and _committed(config.out, recipe, force=config.force):
         say(f"{config.out} is complete")
         return config.out
 
+    say_what_is_clipped(source.items, preprocessing)
     device = pick_device(config.device)
     model = load_autoencoder(config.ae, device)
+    if config.tile:
+        compute_in_tiles(model, config.tile, exact=config.tiling == "exact", scratch=config.scratch)
     written: list[tuple[ShardEntry, ShardFacts]] = []
     allowed = int(config.max_bad * len(source.items))
     with track("encode", len(source.items), unit="picture") as progress:
@@ -96,7 +103,11 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
 
     size = preprocessing.size // facts.factor
     manifest = build_manifest(
-        recipe, source.class_names, (facts.latent_channels, size, size), written
+        recipe,
+        source.class_names,
+        (facts.latent_channels, size, size),
+        written,
+        noisy=model.is_noisy,
     )
     _report(manifest)
     if stream is not None:
@@ -173,10 +184,11 @@ def _encode_shard(
     preprocessing: PreprocessingConfig,
     progress: Track,
 ) -> Shard:
-    device = next(model.parameters()).device
+    device = model.device
     means, stds, kept, skipped = [], [], [], []
-    for batch_start in range(0, len(items), config.batch_size):
-        batch = items[batch_start : batch_start + config.batch_size]
+    batch_size = 1 if config.tile else config.batch_size
+    for batch_start in range(0, len(items), batch_size):
+        batch = items[batch_start : batch_start + batch_size]
         readable, images = [], []
         for item, picture in _readable(batch, preprocessing):
             if isinstance(picture, DataError):
@@ -187,18 +199,16 @@ def _encode_shard(
                 readable.append(item)
                 images.append(picture)
         if images:
-            posterior = model.encode(torch.stack(images).to(device))
+            posterior = model.encode(fill_gaps(torch.stack(images)).images.to(device))
             means.append(posterior.mean.cpu().to(STORED_DTYPES[config.dtype]))
-            stds.append(posterior.std.cpu().to(STORED_DTYPES[config.dtype]))
+            if posterior.std is not None:
+                stds.append(posterior.std.cpu().to(STORED_DTYPES[config.dtype]))
             kept += readable
         progress.advance(len(batch))
-    if means:
-        mean, std = torch.cat(means), torch.cat(stds)
-    else:
-        size = preprocessing.size // model.config.factor
-        mean = std = torch.empty(
-            0, model.config.latent_channels, size, size, dtype=STORED_DTYPES[config.dtype]
-        )
+    size = preprocessing.size // model.config.factor
+    none = torch.empty(0, model.latent_channels, size, size, dtype=STORED_DTYPES[config.dtype])
+    mean = torch.cat([none, *means])
+    std = torch.cat([none, *stds]) if model.is_noisy else None
     tensors = shard_tensors(mean, std, kept)
     facts = ShardFacts(
         fingerprint="",
