@@ -1,8 +1,9 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
-Every command is one typed function here: `train_ae`, `encode`, `train_diffusion`, `sample`, `decode`,
-`inspect`; each takes its config. `load_autoencoder` and `load_diffusion` give modules. All of it is
-imported on first use, so that `import ldmkit` costs nothing.
+Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
+`sample`, `decode`, `inspect`, `presets`, `import_`, `export`; each takes its config. `load_autoencoder`
+and `load_diffusion` give modules. All of it is imported on first use, so that `import ldmkit` costs
+nothing.
 """
 
 from importlib import import_module
@@ -15,14 +16,22 @@ if TYPE_CHECKING:
     from ldmkit.configs import (
         DecodeConfig,
         EncodeConfig,
+        EvalAEConfig,
+        ExportConfig,
+        ImportConfig,
         InspectConfig,
+        PresetsConfig,
         SampleConfig,
         TrainAEConfig,
         TrainDiffusionConfig,
     )
     from ldmkit.recipes.decode import decode
     from ldmkit.recipes.encode import encode
+    from ldmkit.recipes.eval_ae import eval_ae
+    from ldmkit.recipes.export import export
+    from ldmkit.recipes.import_ import import_
     from ldmkit.recipes.inspect import inspect
+    from ldmkit.recipes.presets import presets
     from ldmkit.recipes.sample import sample
     from ldmkit.recipes.train_ae import train_ae
     from ldmkit.recipes.train_diffusion import train_diffusion
@@ -30,32 +39,38 @@ if TYPE_CHECKING:
 __all__ = [
     "DecodeConfig",
     "EncodeConfig",
+    "EvalAEConfig",
+    "ExportConfig",
+    "ImportConfig",
     "InspectConfig",
+    "PresetsConfig",
     "SampleConfig",
     "TrainAEConfig",
     "TrainDiffusionConfig",
     "__version__",
     "decode",
     "encode",
+    "eval_ae",
+    "export",
+    "import_",
     "inspect",
     "load_autoencoder",
     "load_diffusion",
+    "presets",
     "sample",
     "train_ae",
     "train_diffusion",
 ]
 
-_HOME = {
-    **dict.fromkeys(("load_autoencoder", "load_diffusion"), "ldmkit.assembly"),
-    **dict.fromkeys([name for name in __all__ if name.endswith("Config")], "ldmkit.configs"),
-    **{
-        name: f"ldmkit.recipes.{name}"
-        for name in ("train_ae", "encode", "train_diffusion", "sample", "decode", "inspect")
-    },
-}
+
+def _home(name: str) -> str:
+    """The module that defines a public name."""
+    if name.endswith("Config"):
+        return "ldmkit.configs"
+    return "ldmkit.assembly" if name.startswith("load_") else f"ldmkit.recipes.{name}"
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562: modules and functions alike
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+    if name in __all__:
+        return getattr(import_module(_home(name)), name)
     raise AttributeError(f"module 'ldmkit' has no attribute {name!r}")

@@ -6,16 +6,13 @@ from typing import Any
 import torch
 
 from ldmkit.autoencoder.autoencoder import Autoencoder
-from ldmkit.configs import (
-    AutoencoderConfig,
-    DiffusionConfig,
-    PreprocessingConfig,
-    TrainDiffusionConfig,
-)
+from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
+from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.container import read_header
 from ldmkit.data.latents import LatentSet
+from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.errors import DataError
-from ldmkit.facts import AutoencoderFacts, DiffusionFacts, validated
+from ldmkit.facts import AutoencoderFacts, Depth, DiffusionFacts, validated
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import load, require_tensors, save, versions
 from ldmkit.networks.blocks import Norm
@@ -24,20 +21,38 @@ from ldmkit.terminal import say
 
 def build_autoencoder(config: AutoencoderConfig, preprocessing: PreprocessingConfig) -> Autoencoder:
     """An autoencoder for such pictures, with fresh weights from the global random generator."""
-    _warn_of_lone_channels(config.channels, config.norm_groups, "--autoencoder.norm-groups")
+    if config.bottleneck != "identity":
+        _warn_of_lone_channels(config.channels, config.norm_groups, "--autoencoder.norm-groups")
     return Autoencoder(config, preprocessing.channels)
 
 
 def save_autoencoder(
-    path: Path, model: Autoencoder, preprocessing: PreprocessingConfig, trained: dict[str, Any]
+    path: Path,
+    model: Autoencoder,
+    preprocessing: PreprocessingConfig,
+    trained: dict[str, Any],
+    *,
+    depth: Depth = "uint8",
+    decodes: tuple[str, ...] = (),
 ) -> None:
-    """Write an autoencoder's model file."""
+    """Write an autoencoder's model file.
+
+    Args:
+        path: where.
+        model: its weights and config.
+        preprocessing: what its pictures went through.
+        trained: on what, how long, and how good it is.
+        depth: number format of its pictures.
+        decodes: fingerprints of further autoencoders whose latents it decodes.
+    """
     facts = AutoencoderFacts(
         fingerprint="",
         image_channels=model.image_channels,
         factor=model.config.factor,
-        latent_channels=model.config.latent_channels,
+        latent_channels=model.latent_channels,
         preprocessing=preprocessing,
+        decodes=decodes,
+        depth=depth,
         trained=trained,
         versions=versions(),
     )
@@ -63,6 +78,24 @@ def load_autoencoder(path: Path | str, device: torch.device | str = "cpu") -> Au
     require_tensors(model.state_dict(), tensors, str(path))
     model.load_state_dict(tensors)
     return model.to(device).eval().requires_grad_(False)
+
+
+def init_autoencoder(model: Autoencoder, path: Path) -> list[str]:
+    """Begin with the weights of an autoencoder file, as far as names and shapes agree.
+
+    Returns:
+        The names of tensors that the model has and the file does not give.
+
+    Raises:
+        DataError: the file is missing, damaged, no autoencoder, or gives nothing.
+    """
+    _, found = load(path, kind="autoencoder")
+    own = model.state_dict()
+    fitting = {name: x for name, x in found.items() if name in own and x.shape == own[name].shape}
+    if not fitting:
+        raise DataError(f"{path} has no tensor in common with the autoencoder asked for")
+    model.load_state_dict(fitting, strict=False)
+    return sorted(own.keys() - fitting.keys())
 
 
 def autoencoder_facts(path: Path) -> AutoencoderFacts:
@@ -133,16 +166,16 @@ def diffusion_facts(path: Path) -> DiffusionFacts:
 
 
 def require_same_autoencoder(wanted: str, path: Path, what: str) -> None:
-    """Check that `path` holds the autoencoder of that fingerprint.
+    """Check that `path` holds the autoencoder of that fingerprint, or one with its latents.
 
     Raises:
         DataError: it is another one; the message names both.
     """
-    found = autoencoder_facts(path).fingerprint
-    if found != wanted:
+    facts = autoencoder_facts(path)
+    if wanted not in (facts.fingerprint, *facts.decodes):
         raise DataError(
-            f"{what} were made with another autoencoder ({wanted[:12]}) than {path} ({found[:12]}); "
-            "give the one they were made with"
+            f"{what} were made with another autoencoder ({wanted[:12]}) than {path} "
+            f"({facts.fingerprint[:12]}); give the one they were made with"
         )
 
 

@@ -7,10 +7,12 @@ file descriptor 1 points at standard error, so that no library can write a stray
 import contextlib
 import errno
 import json
+import keyword
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,11 +35,15 @@ from ldmkit.options import command_function
 BROKEN_PIPE, CTRL_C = 141, 130
 COMMANDS: dict[str, type[configs.Config]] = {
     "train-ae": configs.TrainAEConfig,
+    "eval-ae": configs.EvalAEConfig,
     "encode": configs.EncodeConfig,
     "train-diffusion": configs.TrainDiffusionConfig,
     "sample": configs.SampleConfig,
     "decode": configs.DecodeConfig,
     "inspect": configs.InspectConfig,
+    "presets": configs.PresetsConfig,
+    "import": configs.ImportConfig,
+    "export": configs.ExportConfig,
 }
 """Command -> its config; the function of the same name in `ldmkit` does the work."""
 SWITCHES: dict[str, Any] = {
@@ -47,11 +53,14 @@ SWITCHES: dict[str, Any] = {
 DRY_RUN: dict[str, Any] = {
     "dry_run": typer.Option("--dry-run", help="Print the resolved config and estimates, and stop")
 }
+JSON: dict[str, Any] = {"as_json": typer.Option("--json", help="Print one JSON document")}
 EXTRA_SWITCHES: dict[str, dict[str, Any]] = {
     "train-ae": DRY_RUN,
     "encode": DRY_RUN,
     "train-diffusion": DRY_RUN,
-    "inspect": {"as_json": typer.Option("--json", help="Print one JSON document")},
+    "inspect": JSON,
+    "presets": JSON,
+    "eval-ae": JSON,
 }
 
 app = typer.Typer(
@@ -60,6 +69,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def function_name(command: str) -> str:
+    """The Python name of a command: underscores for hyphens, one more after a word of Python's."""
+    name = command.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def _print_version(wanted: bool | None) -> None:
@@ -119,20 +134,28 @@ def run_command(
 
 def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:  # noqa: ANN401
     """Do the work; returns the text for standard output ("" where bytes went there)."""
-    work = getattr(ldmkit, name.replace("-", "_"))
+    work = getattr(ldmkit, function_name(name))
     if name == "inspect":
-        from ldmkit.recipes.inspect import as_text
-
         with _stdin_for(config.path) as stream:
-            report = work(config, stream)
-        return (json.dumps(report, ensure_ascii=False) if as_json else as_text(report)) + "\n"
+            return _printed(name, work(config, stream), as_json)
+    if name == "presets":
+        return _printed(name, work(config), as_json)
     if name == "decode":
         with _stdin_for(config.samples) as stream:
             return f"{work(config, stream)}\n"
     if name in ("encode", "sample"):
         path = work(config, _stdout_for(config.out, output, name))
         return f"{path}\n" if path is not None else ""
-    return f"{work(config)}\n"
+    path = work(config)
+    if name == "eval-ae" and as_json:
+        return (path / "report.json").read_text(encoding="utf-8")
+    return f"{path}\n"
+
+
+def _printed(name: str, report: dict[str, Any], as_json: bool) -> str:
+    """A report as its recipe words it for people, or as JSON."""
+    as_text = import_module(f"ldmkit.recipes.{name}").as_text
+    return (json.dumps(report, ensure_ascii=False) if as_json else as_text(report)) + "\n"
 
 
 def _stdout_for(out: Path, output: BufferedIOBase, name: str) -> BufferedIOBase | None:
@@ -199,7 +222,10 @@ def _as_known(error: BaseException) -> LdmkitError | None:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in text
     ):
-        return OutOfMemoryError("out of memory: lower --batch-size, the picture size or the widths")
+        return OutOfMemoryError(
+            "out of memory: lower --batch-size, the picture size or the widths; "
+            "encode and decode also work in tiles (--tile)"
+        )
     if isinstance(error, PermissionError | IsADirectoryError | FileNotFoundError):
         return DataError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):

@@ -1,14 +1,17 @@
 """What files say of themselves beside their config: typed, and strict about unknown keys."""
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from ldmkit.configs import Config, PreprocessingConfig
+from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.errors import DataError
+from ldmkit.fields import Config
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 Facts = dict[str, Any]
+Depth = Literal["uint8", "uint16", "float32"]
+"""Number format of pictures; float32 stands for every other than the first two."""
 Statistics = tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
 
 
@@ -21,6 +24,10 @@ class AutoencoderFacts(Config):
     factor: int
     latent_channels: int
     preprocessing: PreprocessingConfig
+    decodes: tuple[str, ...] = ()
+    """Fingerprints of autoencoders whose latents it decodes too: its decoder alone was trained on."""
+    depth: Depth = "uint8"
+    """Of the pictures it was trained on; decides what `decode` writes."""
     trained: Facts
     """Data, pictures, steps, and the quality on held-back pictures where there were any."""
     versions: dict[str, str]

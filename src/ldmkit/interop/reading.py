@@ -1,0 +1,74 @@
+"""From a file or folder of another project to an autoencoder of ours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ldmkit.container import METADATA_KEY
+from ldmkit.errors import DataError
+from ldmkit.interop.diffusers_layout import from_diffusers
+from ldmkit.interop.layout import Imported, Tensors
+from ldmkit.interop.ldm_layout import from_ldm
+from ldmkit.unpickling import read_pickled_tensors
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+SUBFOLDERS = ("", "vae", "vqvae", "movq")
+"""Where a folder of diffusers has its autoencoder: itself, or within a whole pipeline."""
+WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS_FILES = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors", f"{WEIGHTS}.bin")
+LEGACY_KEY, RESOLUTION_KEY = "legacy_commitment", "resolution"
+"""In the metadata of files that ldmkit exports: what their layouts have no place for."""
+MAX_PAGE_BYTES = 1 << 20
+
+
+def read_autoencoder(source: Path) -> Imported:
+    """The autoencoder in a single file of the ldm layout or in a folder of diffusers.
+
+    Raises:
+        DataError: it is missing, damaged, or not an autoencoder that ours can express.
+    """
+    if not source.is_dir():
+        tensors, metadata = _read_tensors(source)
+        imported = from_ldm(tensors, str(source), legacy_commitment=_is_legacy(metadata))
+        resolution = metadata.get(RESOLUTION_KEY, "")
+        return imported._replace(size=int(resolution) if resolution.isdecimal() else None)
+    folders = (source / name for name in SUBFOLDERS)
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), source)
+    page = _read_page(folder / "config.json")
+    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        raise DataError(f"{folder} has none of {', '.join(WEIGHTS_FILES)}")
+    tensors, metadata = _read_tensors(weights)
+    return from_diffusers(tensors, page, str(folder), legacy_commitment=_is_legacy(metadata))
+
+
+def _is_legacy(metadata: dict[str, str]) -> bool:
+    return metadata.get(LEGACY_KEY, "true") == "true"
+
+
+def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    if path.suffix in PICKLED:
+        return read_pickled_tensors(path), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            if METADATA_KEY in metadata:
+                raise DataError(f"{path} is a file of ldmkit already: `ldmkit inspect` says which")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read_page(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            page = json.loads(file.read(MAX_PAGE_BYTES))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(page, dict):
+        raise DataError(f"{path} is no table of settings")
+    return page

@@ -1,0 +1,60 @@
+"""`ldmkit import`: an autoencoder of another project in, an autoencoder file of ours out."""
+
+from pathlib import Path
+
+from ldmkit.assembly import save_autoencoder
+from ldmkit.autoencoder_configs import PreprocessingConfig
+from ldmkit.configs import ImportConfig
+from ldmkit.errors import UsageError
+from ldmkit.interop.reading import read_autoencoder
+from ldmkit.terminal import say
+
+DEFAULT_SIZE = 256
+MAX_NAMED = 8
+
+
+def import_(config: ImportConfig) -> Path:
+    """Read a file of the ldm layout or a folder of diffusers, and write the same as a file of ours.
+
+    The underscore is there because `import` is a word of Python's.
+
+    Args:
+        config: what to read, and where to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: the source cannot be read, or ours cannot express it; the message names what.
+        UsageError: the output exists, or the picture size does not fit.
+    """
+    if config.out.exists():
+        raise UsageError(f"{config.out} exists: give another --out, or remove it first")
+    imported = read_autoencoder(config.source)
+    model = imported.model
+    if imported.dropped:
+        kinds = sorted({".".join(name.split(".")[:2]) for name in imported.dropped})
+        named = ", ".join(kinds[:MAX_NAMED]) + (" ..." if len(kinds) > MAX_NAMED else "")
+        say(f"{len(imported.dropped)} tensors are not the autoencoder's and left out: {named}")
+    size = _size(config.size, imported.size, model.config.factor)
+    preprocessing = PreprocessingConfig.model_validate(
+        {"size": size, "channels": model.image_channels}
+    )
+    trained = {"imported_from": str(config.source), **imported.scaling}
+    if imported.scaling:
+        said = ", ".join(f"{name} {value}" for name, value in imported.scaling.items())
+        say(f"{said}: recorded, and applied nowhere (latents on disk are raw)")
+    save_autoencoder(config.out, model, preprocessing, trained)
+    say(
+        f"{model.config.bottleneck} autoencoder: {model.image_channels} x {size} x {size} "
+        f"pictures, factor {model.config.factor}, {model.latent_channels} latent channels"
+    )
+    return config.out
+
+
+def _size(typed: int | None, stated: int | None, factor: int) -> int:
+    """The picture size: as typed, or what the source says, rounded down to whole latents."""
+    if typed is not None and typed % factor:
+        raise UsageError(f"--size {typed} is not a multiple of the autoencoder's factor {factor}")
+    size = typed or stated or DEFAULT_SIZE
+    return max(size - size % factor, factor)
