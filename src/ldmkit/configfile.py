@@ -7,8 +7,8 @@ from typing import Any
 
 import tomli_w
 
-from ldmkit.configs import Config
 from ldmkit.errors import UsageError
+from ldmkit.fields import Config
 
 
 def to_toml(config: Config) -> str:

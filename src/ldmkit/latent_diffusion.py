@@ -5,10 +5,10 @@ from torch import nn
 
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.label import LabelConditioner
-from ldmkit.configs import DiffusionConfig
 from ldmkit.diffusion.denoiser import denoiser
 from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
 from ldmkit.diffusion.schedule import DiscreteSchedule
+from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.facts import Whitening
 from ldmkit.networks.unet import UNet
 from ldmkit.tensors import Labels, Latents, Sigmas

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Images: TypeAlias = Float[Tensor, "batch channels height width"]
-"""Pictures as networks see them: values in [-1, 1], -1 is black."""
+"""Pictures as networks see them: values in [-1, 1], -1 is black. As read from files, NaN in all
+channels marks a pixel that does not count; `data.gaps.fill_gaps` removes it before any network."""
 
 Latents: TypeAlias = Float[Tensor, "batch z y x"]
 """The autoencoder's own space where "raw" is said; unit variance per channel in `diffusion`."""

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldmkit.configs import UNetConfig
+from ldmkit.diffusion_configs import UNetConfig
 from ldmkit.networks.blocks import (
     Embedding,
     FeatureMap,
