@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import ldmkit
-from ldmkit.configs import AutoencoderConfig, AutoencoderLossConfig, PreprocessingConfig, UNetConfig
+from ldmkit.autoencoder_configs import AutoencoderConfig, DiscriminatorConfig, PreprocessingConfig
+from ldmkit.diffusion_configs import UNetConfig
 
 STEPS = 2  # enough to see the parts fit; thousands for pictures
 
@@ -26,7 +27,7 @@ def main(data: Path, out: Path) -> None:
             autoencoder=AutoencoderConfig(
                 channels=16, multipliers=(1, 2), residual_blocks=1, norm_groups=4
             ),
-            loss=AutoencoderLossConfig(disc_weight=0.0),
+            disc=DiscriminatorConfig(weight=0.0),
         )
     )
     latents = ldmkit.encode(

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 
-def test_the_page_of_commands_is_the_commands():
-    done = subprocess.run(
-        [sys.executable, ROOT / "docs/generate_cli.py"], capture_output=True, text=True, check=True
-    )
-    assert (ROOT / "docs/cli.md").read_text() == done.stdout, "run `make docs`"
+@pytest.mark.parametrize("page", ["cli", "presets"])
+def test_generated_pages_are_current(page):
+    script = ROOT / f"docs/generate_{page}.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert (ROOT / f"docs/{page}.md").read_text() == done.stdout, "run `make docs`"
 
 
 def test_the_file_tree_of_the_readme_is_the_real_one():
@@ -46,7 +46,7 @@ def test_the_commands_of_the_readme_run(pictures, tmp_path):
     script = next(block for block in blocks if "ldmkit train-ae photos/" in block)
     small = {
         "train-ae": "--steps 2 --batch-size 2 --preprocessing.size 32 --autoencoder.channels 8"
-        " --autoencoder.multipliers 1,2 --loss.perceptual vgg16 --loss.disc-weight 0",
+        " --autoencoder.multipliers 1,2 --loss.perceptual vgg16 --disc.weight 0",
         "train-diffusion": "--steps 2 --batch-size 2 --unet.channels 32 --unet.multipliers 1,2",
         "sample": "--steps 2",
     }

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldmkit.configs import PreprocessingConfig
+from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.data.images import split, training_batches
 from ldmkit.data.order import generator_for, indices_of_step, is_held_back, seed_for
 from ldmkit.data.sources import open_source
