@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ldmkit.fields import Config, Count, Finite, Fraction, Positive, Weight, field
 
@@ -122,15 +122,17 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _is_moment(value: str) -> str:
+    if not MOMENT.fullmatch(value):
+        raise ValueError(f"{value!r} is no time: give steps (50001), images (600000images) or 40%")
+    return value
+
+
 class DiscriminatorConfig(Config):
     """The adversary of the first stage, and how it is brought in without harm."""
 
     weight: Weight = field(0.5, "Weight of the adversarial loss; 0 trains without one")
-    start: Annotated[
-        str,
-        BeforeValidator(_as_text),
-        Field(pattern=rf"^(?:{MOMENT.pattern})$"),
-    ] = field(
+    start: Annotated[str, BeforeValidator(_as_text), AfterValidator(_is_moment)] = field(
         "50001",
         "When the adversarial phase begins: steps (50001), images (600000images), share of the run (40%)",
         short="--disc-start",

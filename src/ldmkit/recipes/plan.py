@@ -45,10 +45,19 @@ def plan_train_ae(config: TrainAEConfig) -> list[str]:
         f"values: {counted:.1%} of the pixels of a batch count, {ends:.1%} of these are at an end of the range",
         f"latents: {list(latents.shape[1:])}, {config.autoencoder.factor} times smaller along each side",
         f"parameters: {parameters(model):,} (autoencoder), {parameters(discriminator):,} (discriminator)",
+        *_effective_kl_weight(config, images[0].numel(), latents[0].numel()),
         f"memory: about {size(trained * FLOAT_BYTES * TRAINED_COPIES + saved)} without the perceptual network",
         f"disk: about {size(checkpoint * (KEEP + 1) + parameters(model) * FLOAT_BYTES)} in {config.out}",
         f"steps: {config.steps:,}, {config.steps * config.batch_size / len(training):.1f} times through the data",
     ]
+
+
+def _effective_kl_weight(config: TrainAEConfig, values: int, latent_values: int) -> list[str]:
+    """The KL weight as codes state it that take means over pictures and latents instead of sums."""
+    if config.autoencoder.bottleneck != "kl":
+        return []
+    weight = config.loss.kl_weight * latent_values / values
+    return [f"KL weight: {config.loss.kl_weight:g} for sums, as {weight:.3g} would be for means"]
 
 
 def plan_encode(config: EncodeConfig) -> list[str]:
