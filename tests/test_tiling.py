@@ -15,8 +15,9 @@ from conftest import SIZE
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.tiling import compute_in_tiles, reach
 from ldmkit.autoencoder_configs import AutoencoderConfig
-from ldmkit.configs import DecodeConfig, EncodeConfig, SampleConfig
-from ldmkit.data.latents import LatentSet
+from ldmkit.configs import DecodeConfig, SampleConfig
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import DataError, UsageError
 from ldmkit.networks.blocks import ResidualBlock, SpatialAttention
 

@@ -37,6 +37,17 @@ NewMap = Callable[[Sequence[int]], Tensor]
 """Makes an uninitialised float32 tensor in main memory, or one that a file backs."""
 
 
+class Place(NamedTuple):
+    """Where tiles are computed, and where whole maps lie."""
+
+    device: torch.device
+    new_map: NewMap
+
+
+Way = Callable[[Network, FeatureMap, int, Place], Tensor]
+"""Maps as the network does, in tiles of that side, to main memory."""
+
+
 def compute_in_tiles(
     model: Autoencoder, tile: int, *, exact: bool = True, scratch: Path | None = None
 ) -> None:
@@ -58,32 +69,26 @@ def compute_in_tiles(
     if tile % factor:
         raise UsageError(f"--tile {tile} is not a multiple of the autoencoder's factor {factor}")
     new_map = in_memory if scratch is None else file_backed(scratch)
-    kind = LayerByLayer if exact else TileByTile
-    for name, network in (("encoder", model.encoder), ("decoder", model.decoder)):
+    way = layer_by_layer if exact else tile_by_tile
+    parts = (("encoder", model.encoder, tile), ("decoder", model.decoder, tile // factor))
+    for name, network, side in parts:
         if isinstance(network, Network):  # the identity computes nothing
-            model.add_module(name, kind(network, tile, factor, new_map))
+            model.add_module(name, TiledNetwork(network, side, way, new_map))
 
 
 class TiledNetwork(nn.Module):
-    """What the two ways share; `compute` is where they differ.
+    """An encoder or decoder that computes in tiles.
 
     Args:
-        network: an autoencoder's encoder or decoder.
-        tile: side of a tile in pixels, a multiple of the factor.
-        factor: how much smaller latents are than pictures.
+        network: the encoder or decoder.
+        side: of a tile, in input cells (pixels, latents).
+        way: how; `layer_by_layer` or `tile_by_tile`.
         new_map: makes the result, and the feature maps where there are any.
     """
 
-    def __init__(self, network: Network, tile: int, factor: int, new_map: NewMap) -> None:
+    def __init__(self, network: Network, side: int, way: Way, new_map: NewMap) -> None:
         super().__init__()
-        self.network, self.new_map = network, new_map
-        self.cell = factor if isinstance(network, Encoder) else 1  # input cells to one latent
-        self.side = tile // factor * self.cell
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tiles are computed."""
-        return self.network.conv_in.weight.device
+        self.network, self.side, self.way, self.new_map = network, side, way, new_map
 
     @torch.no_grad()
     def forward(self, x: FeatureMap) -> FeatureMap:
@@ -99,78 +104,74 @@ class TiledNetwork(nn.Module):
             DataError: the sides of a picture are not multiples of the factor.
         """
         height, width = x.shape[2:]
-        if height % self.cell or width % self.cell:
+        cell = cells_of(self.network)
+        if height % cell or width % cell:
             raise DataError(
                 f"a picture of {width} x {height} pixels cannot be encoded: its sides must be "
-                f"multiples of {self.cell}"
+                f"multiples of {cell}"
             )
-        result = self.compute(x)
-        return result.to(self.device) if isinstance(self.network, Encoder) else result
-
-    def compute(self, x: FeatureMap) -> FeatureMap:
-        """Map as the network does, to main memory."""
-        raise NotImplementedError
+        device = self.network.conv_in.weight.device
+        result = self.way(self.network, x, self.side, Place(device, self.new_map))
+        return result.to(device) if isinstance(self.network, Encoder) else result
 
 
-class TileByTile(TiledNetwork):
-    """The independent way."""
-
-    def compute(self, x: FeatureMap) -> FeatureMap:
-        """Map as the network does, to main memory."""
-        halo = -(-max(reach(self.network)) // self.cell) * self.cell
-        return over_tiles(self.network, x, self.side, halo, self.device, self.new_map)
+def tile_by_tile(network: Network, x: FeatureMap, side: int, place: Place) -> Tensor:
+    """The independent way, to main memory."""
+    cell = cells_of(network)
+    halo = -(-max(reach(network)) // cell) * cell
+    return over_tiles(network, x, side, halo, place)
 
 
-class LayerByLayer(TiledNetwork):
-    """The exact way. In memory at once: the maps of two layers, of three where widths change."""
+def layer_by_layer(network: Network, x: FeatureMap, side: int, place: Place) -> Tensor:
+    """The exact way, to main memory, which holds the maps of two layers, of three where widths change."""
+    h = _tiled(network.conv_in, x, side, place)
+    for stage in stages(network):
+        if isinstance(stage, ResidualBlock):
+            h = _residual(stage, h, side, place)
+        elif isinstance(stage, SpatialAttention):
+            h = stage(h.to(place.device)).to(h.device)
+        else:
+            h = _tiled(stage, h, side, place)
+        if isinstance(stage, Downsample):
+            side //= 2  # the same part of the picture at every level
+        elif isinstance(stage, Upsample):
+            side *= 2
+    return _normalised(network.norm_out, network.conv_out, h, side, place)
 
-    def compute(self, x: FeatureMap) -> FeatureMap:
-        """Map as the network does, to main memory."""
-        side, h = self.side, self._tiled(self.network.conv_in, x, self.side)
-        for stage in stages(self.network):
-            if isinstance(stage, ResidualBlock):
-                h = self._residual(stage, h, side)
-            elif isinstance(stage, SpatialAttention):
-                h = stage(h.to(self.device)).to(h.device)
-            else:
-                h = self._tiled(stage, h, side)
-            if isinstance(stage, Downsample):
-                side //= 2  # the same part of the picture at every level
-            elif isinstance(stage, Upsample):
-                side *= 2
-        return self._normalised(self.network.norm_out, self.network.conv_out, h, side)
 
-    def _tiled(self, layer: Layer, x: Tensor, side: int, onto: Tensor | None = None) -> Tensor:
-        halo = 2 if isinstance(layer, Downsample) else 1  # a stride of 2 starts at even cells
-        return over_tiles(layer, x, side, halo, self.device, self.new_map, onto)
+def _tiled(layer: Layer, x: Tensor, side: int, place: Place, onto: Tensor | None = None) -> Tensor:
+    halo = 2 if isinstance(layer, Downsample) else 1  # a stride of 2 starts at even cells
+    return over_tiles(layer, x, side, halo, place, onto)
 
-    def _residual(self, block: ResidualBlock, x: Tensor, side: int) -> Tensor:
-        h = self._normalised(block.norm1, block.conv1, x, side)
-        widened = isinstance(block.skip, nn.Conv2d)
-        x = self._tiled(block.skip, x, side) if widened else x
-        return self._normalised(block.norm2, block.conv2, h, side, onto=x)
 
-    def _normalised(
-        self,
-        norm: nn.GroupNorm,
-        conv: nn.Conv2d,
-        x: Tensor,
-        side: int,
-        onto: Tensor | None = None,
-    ) -> Tensor:
-        """Norm, SiLU, convolution; the norm as one scale and shift for each channel of the map."""
-        grouped = x.unflatten(1, (norm.num_groups, -1)).flatten(2)
-        variance, mean = torch.var_mean(grouped, dim=2, correction=0)
-        each = x.shape[1] // norm.num_groups
-        deviation = (variance + norm.eps).rsqrt().repeat_interleave(each, dim=1).to(self.device)
-        mean = mean.repeat_interleave(each, dim=1).to(self.device)
-        scale = (deviation * norm.weight)[:, :, None, None]
-        shift = norm.bias[None, :, None, None] - mean[:, :, None, None] * scale
+def _residual(block: ResidualBlock, x: Tensor, side: int, place: Place) -> Tensor:
+    h = _normalised(block.norm1, block.conv1, x, side, place)
+    widened = isinstance(block.skip, nn.Conv2d)
+    x = _tiled(block.skip, x, side, place) if widened else x
+    return _normalised(block.norm2, block.conv2, h, side, place, onto=x)
 
-        def layer(window: Tensor) -> Tensor:
-            return conv(F.silu(torch.addcmul(shift, window, scale), inplace=True))
 
-        return self._tiled(layer, x, side, onto)
+def _normalised(
+    norm: nn.GroupNorm,
+    conv: nn.Conv2d,
+    x: Tensor,
+    side: int,
+    place: Place,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """Norm, SiLU, convolution; the norm as one scale and shift for each channel of the map."""
+    grouped = x.unflatten(1, (norm.num_groups, -1)).flatten(2)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+    each = x.shape[1] // norm.num_groups
+    deviation = (variance + norm.eps).rsqrt().repeat_interleave(each, dim=1).to(place.device)
+    mean = mean.repeat_interleave(each, dim=1).to(place.device)
+    scale = (deviation * norm.weight)[:, :, None, None]
+    shift = norm.bias[None, :, None, None] - mean[:, :, None, None] * scale
+
+    def layer(window: Tensor) -> Tensor:
+        return conv(F.silu(torch.addcmul(shift, window, scale), inplace=True))
+
+    return _tiled(layer, x, side, place, onto)
 
 
 class Span(NamedTuple):
@@ -200,13 +201,7 @@ def spans(length: int, side: int, halo: int) -> Iterator[Span]:
 
 
 def over_tiles(
-    layer: Layer,
-    x: Tensor,
-    side: int,
-    halo: int,
-    device: torch.device,
-    new_map: NewMap,
-    onto: Tensor | None = None,
+    layer: Layer, x: Tensor, side: int, halo: int, place: Place, onto: Tensor | None = None
 ) -> Tensor:
     """Compute `layer(x)` one window of `x` at a time.
 
@@ -215,19 +210,18 @@ def over_tiles(
         x: `[b, c, y, x]`, anywhere.
         side: of a tile, in cells of `x`.
         halo: in cells of `x`.
-        device: where `layer` computes.
-        new_map: makes the result.
+        place: where `layer` computes, and what makes the result.
         onto: add to this map in place, instead of making one.
     """
     result = onto
     for rows in spans(x.shape[2], side, halo):
         for columns in spans(x.shape[3], side, halo):
-            window = x[:, :, slice(*rows.read), slice(*columns.read)].to(device)
+            window = x[:, :, slice(*rows.read), slice(*columns.read)].to(place.device)
             values = layer(window)
             ratio = Fraction(values.shape[2], window.shape[2])
             if result is None:
                 sides = (int(length * ratio) for length in x.shape[2:])
-                result = new_map((*values.shape[:2], *sides))
+                result = place.new_map((*values.shape[:2], *sides))
             (y, kept_y), (x_, kept_x) = rows.kept(ratio), columns.kept(ratio)
             kept = values[:, :, kept_y, kept_x].to(result.device)
             if onto is None:
@@ -246,6 +240,11 @@ def stages(network: Network) -> list[nn.Module]:
     return levels + middle if isinstance(network, Encoder) else middle + levels
 
 
+def cells_of(network: Network) -> int:
+    """Input cells to one latent along each side: the factor for an encoder, 1 for a decoder."""
+    return 2 ** (len(network.levels) - 1) if isinstance(network, Encoder) else 1
+
+
 def reach(network: Network | nn.Identity) -> tuple[int, int]:
     """How far the network looks, apart from its norms and attention.
 
@@ -255,9 +254,7 @@ def reach(network: Network | nn.Identity) -> tuple[int, int]:
     """
     if isinstance(network, nn.Identity):
         return 0, 0
-    cell = 2 ** (len(network.levels) - 1)
-    encodes = isinstance(network, Encoder)
-    start, stop = (0, 1) if encodes else (0, cell)
+    start, stop = 0, 1 if isinstance(network, Encoder) else 2 ** (len(network.levels) - 1)
     for stage in (network.conv_out, *reversed(stages(network)), network.conv_in):
         match stage:
             case ResidualBlock():
@@ -268,7 +265,7 @@ def reach(network: Network | nn.Identity) -> tuple[int, int]:
                 start, stop = (start - 1) // 2, (stop + 2) // 2
             case nn.Conv2d():
                 start, stop = start - 1, stop + 1
-    return -start, stop - (cell if encodes else 1)
+    return -start, stop - cells_of(network)
 
 
 def in_memory(shape: Sequence[int]) -> Tensor:
