@@ -47,7 +47,8 @@ def test_lists_are_typed_with_commas():
         ({"steps": -1}, r"--steps: .*greater than 0.*-1"),
         ({"loss": {"perceptual": "lpips"}}, r"--loss.perceptual: .*vgg16"),
         ({"autoencoder": {"multipliers": "1,x"}}, r"--autoencoder.multipliers"),
-        ({"preprocessing": {"size": 30}}, r"--preprocessing.size 30 is not a multiple of 8"),
+        ({"disc": {"start": "soon"}}, r"^--disc.start: 'soon' is no time: give steps .*40%"),
+        ({"preprocessing": {"size": 30}}, r"^--preprocessing.size 30 is not a multiple of 8"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_that_names_it(typed, words):

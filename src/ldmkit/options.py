@@ -209,6 +209,7 @@ def _split_lists(config_class: type[Config], settings: Mapping[str, Any]) -> dic
 
 def _sentence(error: ValidationError, config_class: type[Config]) -> str:
     problem = error.errors()[0]
+    words = problem["msg"].removeprefix("Value error, ")  # pydantic's, before a check of our own
     path = [str(part) for part in problem["loc"]]
     known = {".".join(leaf.path): leaf for leaf in leaves(config_class)}
     dotted = ".".join(path)
@@ -222,8 +223,8 @@ def _sentence(error: ValidationError, config_class: type[Config]) -> str:
     if problem["type"] == "missing":
         return f"{path[-1].upper()} is missing: {field.info.description if field else dotted}"
     if field is None:  # a check of a whole config, whose message names what it is about
-        return problem["msg"].removeprefix("Value error, ")
-    return f"{field.option}: {problem['msg']} (got {problem['input']!r})"
+        return words
+    return f"{field.option}: {words} (got {problem['input']!r})"
 
 
 def _nearest(word: str, known: Mapping[str, Any]) -> str:
