@@ -17,7 +17,10 @@ TEMPORARY_MARK = ".tmp-"
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it becomes `path`.
+    """Yield a temporary path near `path`; when the block ends well it becomes `path`.
+
+    It lies in a directory of its own beside `path`, so that what a library leaves there when it is
+    killed (safetensors writes under a name of its own first) is swept with it.
 
     The new file gets the permissions the user's umask asks for. If the block raises, `path` is
     left as it was and the temporary file is removed.
@@ -25,9 +28,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the file cannot be written, for example because the disk is full.
     """
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    workshop = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    temporary = workshop / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        workshop.mkdir(parents=True)
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # safetensors leaves 0600 whatever the umask says
         flush_to_disk(temporary)
@@ -36,7 +40,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(workshop, ignore_errors=True)
 
 
 @contextmanager
@@ -67,13 +71,27 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def sweep_temporaries(directory: Path) -> None:
-    """Remove what an earlier, killed process left unfinished in `directory`."""
-    for leftover in directory.glob(f"*{TEMPORARY_MARK}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+def sweep_temporaries(directory: Path, name: str = "*") -> None:
+    """Remove what an earlier, killed process left unfinished in `directory`.
+
+    Args:
+        directory: where to look.
+        name: of the files whose remains go, or a pattern; others may be another process's at work.
+    """
+    for leftover in directory.glob(f"{name}{TEMPORARY_MARK}*"):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it; it may be gone already.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:
