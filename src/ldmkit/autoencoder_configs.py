@@ -7,12 +7,22 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from ldmkit.fields import Config, Count, Finite, Fraction, Positive, Weight, field
+from ldmkit.fields import Config, Count, Fraction, Positive, ValueRange, Weight, field
 
 Bottleneck = Literal["kl", "deterministic", "vq", "identity"]
+BACKGROUNDS = {"white": "255,255,255", "black": "0,0,0", "grey": "128,128,128"}
 MOMENT = re.compile(r"(\d+)(?: ?(images))?|(\d+(?:\.\d+)?)%")
+
+
+def _is_colour(value: str) -> str:
+    parts = BACKGROUNDS.get(value, value).split(",")
+    if len(parts) != 3 or not all(re.fullmatch(r"[0-9]{1,3}", part) for part in parts):
+        raise ValueError(f"{value!r} is no colour: give white, black, grey, or R,G,B")
+    if max(int(part) for part in parts) > 255:
+        raise ValueError(f"{value!r} is no colour: R, G and B are 0 to 255")
+    return value
 
 
 class PreprocessingConfig(Config):
@@ -20,23 +30,34 @@ class PreprocessingConfig(Config):
 
     size: Positive = field(256, "Height and width of the network's input, pixels")
     channels: Positive = field(3, "1 = grey, 3 = RGB, any other number = as the files have them")
-    range: tuple[Finite, Finite] | None = field(
+    range: ValueRange | None = field(
         None,
         "LO,HI: the values that become -1 and 1; values outside are clipped to them, as a CT window"
         " does (default: 0,255 for 8 bits, 0,65535 for 16; all other numbers need it)",
     )
-    resize: Literal["bicubic", "bilinear", "area"] = field(
-        "bicubic", "Filter that brings the shorter side to the size (anti-aliased)"
+    resize: Literal["bicubic", "bilinear", "area", "none"] = field(
+        "bicubic",
+        "Filter that brings the shorter side to the size (anti-aliased); none = pixels stay as they are,"
+        " and the crop is cut from the picture at its own scale",
     )
-    crop: Literal["center", "random"] = field("center", "Which square is cut from the longer side")
+    crop: Literal["center", "random", "none"] = field(
+        "center", "Which square is cut from the longer side; none = others than squares are refused"
+    )
     flip: bool = field(False, "Mirror half of the training pictures at random (left and right)")
+    background: Annotated[str, AfterValidator(_is_colour)] = field(
+        "white", "What transparency is laid over: white, black, grey, or R,G,B from 0 to 255 each"
+    )
+    dct_scaling: bool = field(
+        False,
+        "Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where that is still at least the target"
+        " size: faster, pixels differ slightly",
+    )
 
-    @model_validator(mode="after")
-    def _range_rises(self) -> "PreprocessingConfig":
-        if self.range is not None and self.range[0] >= self.range[1]:
-            low, high = self.range
-            raise ValueError(f"--preprocessing.range {low:g},{high:g}: LO must lie below HI")
-        return self
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """The background's red, green and blue, 0 to 255."""
+        red, green, blue = BACKGROUNDS.get(self.background, self.background).split(",")
+        return int(red), int(green), int(blue)
 
 
 class CodebookConfig(Config):

@@ -5,13 +5,23 @@ Imports no torch.
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _rises(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] >= pair[1]:
+        raise ValueError("LO must lie below HI")
+    return pair
+
+
+ValueRange = Annotated[tuple[Finite, Finite], AfterValidator(_rises)]
+"""The values that become -1 and 1."""
 
 
 def field(default: Any, text: str, *, short: str = "") -> Any:  # noqa: ANN401 - as pydantic's Field

@@ -1,10 +1,12 @@
-"""From images to files: 8-bit pixels and contact sheets of them, 16-bit grey, numbers in their units."""
+"""From images to files: 8-bit pixels and contact sheets of them, 16 bits, numbers in their units."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 from torch import Tensor
 
@@ -26,9 +28,27 @@ def save_png(path: Path, pixels: Sheet) -> None:
 
 
 def save_png16(path: Path, image: OneImage) -> None:
-    """Write one channel in [-1, 1] (clipped) as a 16-bit grey PNG, rounded to the nearest."""
-    values = image[0].double().nan_to_num(0.0).add(1.0).mul(32767.5).round().clamp(0, 65535)
-    Image.fromarray(values.cpu().numpy().astype(np.uint16)).save(path, "PNG")
+    """Write one or three channels in [-1, 1] (clipped) as a 16-bit PNG, rounded to the nearest."""
+    values = image.double().nan_to_num(0.0).add(1.0).mul(32767.5).round().clamp(0, 65535)
+    array = values.movedim(0, 2).cpu().numpy().astype(np.uint16)
+    if array.shape[2] == 1:
+        Image.fromarray(array[:, :, 0]).save(path, "PNG")
+    else:
+        path.write_bytes(_png_of_colours(array))
+
+
+def _png_of_colours(array: UInt16[np.ndarray, "height width 3"]) -> bytes:
+    """A 16-bit RGB PNG, which Pillow does not write; lines as differences (PNG 3, 9.2: filter Up)."""
+    height, width, _ = array.shape
+    lines = array.astype(">u2").view(np.uint8).reshape(height, width * 6)
+    differences = np.diff(lines, axis=0, prepend=np.zeros_like(lines[:1]))
+    filtered = np.insert(differences, 0, 2, axis=1)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def save_npy(path: Path, image: OneImage, value_range: tuple[float, float]) -> None:

@@ -12,7 +12,8 @@ from jaxtyping import Bool
 from PIL import ImageOps
 from torch import Tensor
 
-from ldmkit.data.pictures import Picture, open_picture
+from ldmkit.data.opening import open_picture
+from ldmkit.data.pictures import Picture
 from ldmkit.errors import DataError
 from ldmkit.tensors import Images
 

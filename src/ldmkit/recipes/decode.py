@@ -88,8 +88,8 @@ def picture_name(seed: int, label: int, class_names: tuple[str, ...]) -> str:
 def choose_format(config: DecodeConfig, facts: AutoencoderFacts) -> str:
     """The file format: the one asked for, or the smallest that loses nothing.
 
-    `auto` is PNG for what was trained on 8 bits of 1 or 3 channels, 16-bit PNG for 16 bits of one
-    channel, and NumPy files for all others and wherever a range is declared.
+    `auto` is PNG for what was trained on 8 bits of 1 or 3 channels, 16-bit PNG for 16 bits of
+    these, and NumPy files for all others and wherever a range is declared.
 
     Raises:
         UsageError: the format cannot hold that many channels.
@@ -97,10 +97,10 @@ def choose_format(config: DecodeConfig, facts: AutoencoderFacts) -> str:
     channels, wanted = facts.image_channels, config.format
     if wanted == "auto":
         whole = facts.preprocessing.range is None
-        if whole and facts.depth == "uint8" and channels in (1, 3):
-            return "png"
-        return "png16" if whole and facts.depth == "uint16" and channels == 1 else "npy"
-    if (wanted == "png" and channels not in (1, 3)) or (wanted == "png16" and channels != 1):
+        if not whole or channels not in (1, 3):
+            return "npy"
+        return {"uint8": "png", "uint16": "png16"}.get(facts.depth, "npy")
+    if wanted in ("png", "png16") and channels not in (1, 3):
         raise UsageError(f"--format {wanted} cannot hold {channels} channels; take npy")
     return wanted
 
