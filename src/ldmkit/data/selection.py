@@ -1,0 +1,104 @@
+"""What is done with the pictures of a source whatever its format: some are picked, some are completed."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ldmkit.data.formats.folder import files_below
+from ldmkit.data.formats.sidecars import EMPTY_CAPTION, IMAGE_SUFFIXES, suffix_of
+from ldmkit.data.items import Item, Problem, Source, Span
+from ldmkit.errors import DataError
+
+LABELMAP_SUFFIXES = ("png", "npy")
+
+
+def only_keys(source: Source, file: Path) -> Source:
+    """The pictures whose keys stand in a text file, one a line, in the order of the source.
+
+    A key that the source does not have is an error.
+
+    Raises:
+        DataError: the file cannot be read, is no UTF-8, or holds no key.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8; save it as UTF-8") from error
+    wanted = {key: number for number, key in reversed([*enumerate(lines, start=1)]) if key.strip()}
+    if not wanted:
+        raise DataError(f"{file} holds no key; write one a line")
+    known = {item.key for item in source.items}
+    problems = [
+        Problem(
+            "unknown key",
+            f"{file}, line {number}",
+            f"{file}, line {number}: no picture has the key {key}{_example(source.items)}",
+        )
+        for key, number in sorted(wanted.items(), key=lambda pair: pair[1])
+        if key not in known
+    ]
+    items = [item for item in source.items if item.key in wanted]
+    return source._replace(items=items, problems=(*source.problems, *problems))
+
+
+def with_labelmaps(source: Source, folder: Path) -> Source:
+    """Give each picture the label map of the same name, `.png` or `.npy`, below a folder.
+
+    A picture without one is an error and is left out.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder} of label maps (--labelmaps)")
+    problems: list[Problem] = []
+    maps: dict[str, Span] = {}
+    for name, size in sorted(files_below(str(folder), problems)):
+        if suffix_of(name) not in LABELMAP_SUFFIXES:
+            continue
+        stem = name.rpartition(".")[0]
+        if stem in maps:
+            text = f"{folder}/{name} and {maps[stem].name} are label maps of one picture; keep one"
+            problems.append(Problem("two label maps", name, text))
+        maps[stem] = Span(f"{folder}/{name}", 0, size)
+    items, used = [], set()
+    for item in source.items:
+        stem = stem_of(item.key)
+        used.add(stem)
+        if stem in maps:
+            items.append(item._replace(labelmap=maps[stem]))
+            continue
+        text = f"{item.name} has no label map: {folder}/{stem}.png or .npy is needed"
+        problems.append(Problem("missing label map", item.key, text))
+    for stem in maps.keys() - used:
+        text = f"{maps[stem].name} is the label map of no picture"
+        problems.append(Problem("label map without a picture", stem, text, "warning"))
+    return source._replace(items=items, problems=(*source.problems, *problems))
+
+
+def empty_captions(items: Iterable[Item], known: Iterable[Problem]) -> list[Problem]:
+    """A warning for each picture without a caption in a source where others have one.
+
+    Args:
+        items: all of the source.
+        known: problems found before; what they name as an empty caption is not named twice.
+    """
+    items = list(items)
+    if not any(item.caption for item in items):
+        return []
+    named = {problem.where for problem in known if problem.kind == EMPTY_CAPTION}
+    return [
+        Problem(EMPTY_CAPTION, item.key, f"{item.name} has no caption, and others have", "warning")
+        for item in items
+        if not item.caption and item.key not in named
+    ]
+
+
+def stem_of(key: str) -> str:
+    """A key without the extension of a picture, if it has one."""
+    return key.rpartition(".")[0] if suffix_of(key) in IMAGE_SUFFIXES else key
+
+
+def _example(items: list[Item]) -> str:
+    return f"; keys look like {items[0].key}" if items else ""
