@@ -75,12 +75,16 @@ class ShardFacts(Config):
 
     fingerprint: str
     recipe: Facts
-    """What decides the bytes: autoencoder, preprocessing, dtype, source items. See `latents`."""
+    """What decides the bytes beside the items: autoencoder, preprocessing, dtype ..."""
+    items: str
+    """sha256 over what is known of the source items; see `latents.items_digest`."""
     start: int
     stop: int
     """Range of source items it covers."""
     skipped: tuple[tuple[str, str], ...]
     """Key and reason of each item in the range that is left out."""
+    converted: dict[str, tuple[int, tuple[str, ...]]]
+    """What decoding changed beyond scaling: in how many pictures, and the keys of the first."""
     moments: tuple[float, Statistics, Statistics]
     """Values per channel, and their sum and sum of squares (of means, plus posterior variance)."""
 
@@ -95,6 +99,8 @@ class ShardEntry(Config):
     count: int
     bytes: int
     sha256: str
+    shape: tuple[int, int, int] | None = None
+    """z, height, width of its latents, where they are not the set's `latent_shape`."""
 
 
 class Manifest(Config):
@@ -102,13 +108,18 @@ class Manifest(Config):
 
     format: str
     recipe: Facts
+    items: str
+    """sha256 over the `items` of the shards."""
     count: int
     latent_shape: tuple[int, int, int]
     columns: tuple[str, ...]
     class_names: tuple[str, ...]
+    box_names: tuple[str, ...] = ()
     whitening: Whitening
     shards: tuple[ShardEntry, ...]
     skipped: tuple[tuple[str, str], ...]
+    converted: dict[str, tuple[int, tuple[str, ...]]]
+    """What decoding changed beyond scaling: in how many pictures, and the keys of the first."""
     versions: dict[str, str]
 
 

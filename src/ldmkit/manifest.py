@@ -17,7 +17,9 @@ MANIFEST = "manifest.json"
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Commit a latent set."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    text = json.dumps(
+        manifest.model_dump(mode="json"), indent=1, ensure_ascii=False, sort_keys=True
+    )
     write_text(directory / MANIFEST, text + "\n")
 
 
