@@ -9,7 +9,7 @@ from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.container import read_header
-from ldmkit.data.latents import LatentSet
+from ldmkit.data.latent_set import LatentSet
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.errors import DataError
 from ldmkit.facts import AutoencoderFacts, Depth, DiffusionFacts, validated
@@ -103,6 +103,24 @@ def autoencoder_facts(path: Path) -> AutoencoderFacts:
     return validated(AutoencoderFacts, read_header(path).facts, str(path))
 
 
+def preprocessing_of(facts: AutoencoderFacts, size: int | None) -> PreprocessingConfig:
+    """The autoencoder's own preprocessing without randomness: centre crop, no flip.
+
+    Args:
+        facts: of the autoencoder.
+        size: of the pictures, pixels; None for the size that it was trained with.
+
+    Raises:
+        DataError: the size is not a multiple of the autoencoder's factor.
+    """
+    size = size or facts.preprocessing.size
+    if size % facts.factor:
+        raise DataError(
+            f"--size {size} is not a multiple of the autoencoder's factor {facts.factor}"
+        )
+    return facts.preprocessing.model_copy(update={"size": size, "crop": "center", "flip": False})
+
+
 def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> DiffusionConfig:
     """The model's config for this data: latent channels, and how many classes it is told of.
 
@@ -115,9 +133,10 @@ def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> Diffus
         raise DataError(f"--condition class: {config.latents} has no labels")
     told = config.condition == "class" or (config.condition == "auto" and latents.has_labels)
     shrink = 2 ** (len(config.unet.multipliers) - 1)
-    if any(side % shrink for side in manifest.latent_shape[1:]):
+    odd = [shape for shape in latents.shapes if any(side % shrink for side in shape[1:])]
+    if odd:
         raise DataError(
-            f"latents of {manifest.latent_shape[1:]} cannot be halved {len(config.unet.multipliers) - 1} "
+            f"latents of {odd[0][1:]} cannot be halved {len(config.unet.multipliers) - 1} "
             "times: take fewer --unet.multipliers, or another picture size"
         )
     return DiffusionConfig(

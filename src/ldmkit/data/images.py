@@ -8,11 +8,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.data.gaps import require_some, with_mask
+from ldmkit.data.items import Item
 from ldmkit.data.order import generator_for, indices_of_step, is_held_back
 from ldmkit.data.pictures import Picture, decode_array, decode_picture
 from ldmkit.data.preprocessing import preprocess
-from ldmkit.data.sources import Item
-from ldmkit.errors import DataError
+from ldmkit.errors import DataError, LdmkitError
 from ldmkit.facts import Depth
 from ldmkit.tensors import Images
 from ldmkit.terminal import say
@@ -23,7 +23,7 @@ LOOKED_AT = 8
 """How many pictures are opened to learn about all."""
 
 
-class TrainingImages(Dataset[Picture | DataError]):
+class TrainingImages(Dataset[Picture | LdmkitError]):
     """Pictures with random crops and flips drawn from (seed, position in the run).
 
     A picture that cannot be read is returned as its error: raised here, in a reading process, its
@@ -33,15 +33,15 @@ class TrainingImages(Dataset[Picture | DataError]):
     def __init__(self, items: list[Item], config: PreprocessingConfig, seed: int) -> None:
         self.items, self.config, self.seed = items, config, seed
 
-    def __getitem__(self, place: tuple[int, int]) -> Picture | DataError:
+    def __getitem__(self, place: tuple[int, int]) -> Picture | LdmkitError:
         """The picture at (index, position); see `order.indices_of_step`."""
         index, position = place
         draw = generator_for(self.seed, AUGMENTATION, position)
         try:
-            picture = read_picture(self.items[index], self.config)
-        except DataError as error:
+            item = self.items[index]
+            return preprocess(read_picture(item, self.config), self.config, draw, item.name)
+        except LdmkitError as error:
             return error
-        return preprocess(picture, self.config, draw)
 
 
 class Split(NamedTuple):
@@ -52,13 +52,13 @@ class Split(NamedTuple):
 
 
 def split(items: list[Item], share: float) -> Split:
-    """Divide items by the hash of their keys.
+    """Divide items by the hash of their groups, or of their keys where they belong to none.
 
     Raises:
         DataError: nothing is left to train on.
     """
-    held_back = [item for item in items if is_held_back(item.key, share)]
-    training = [item for item in items if not is_held_back(item.key, share)]
+    held_back = [item for item in items if is_held_back(item.group or item.key, share)]
+    training = [item for item in items if not is_held_back(item.group or item.key, share)]
     if not training:
         raise DataError(f"--holdout {share} leaves none of the {len(items)} pictures to train on")
     return Split(training, held_back)
@@ -66,10 +66,16 @@ def split(items: list[Item], share: float) -> Split:
 
 def read_picture(item: Item, config: PreprocessingConfig) -> Picture:
     """Read and decode one item to `[channels, h, w]`: the range to [-1, 1], NaN where masked."""
-    picture = decode_picture(item.read(), item.name, config.channels, config.range)
-    mask = item.read_mask()
-    if mask is not None:
-        picture = with_mask(picture, mask, f"the mask of {item.name}")
+    return decode_item(item, item.picture.read(), config)
+
+
+def decode_item(item: Item, data: bytes, config: PreprocessingConfig) -> Picture:
+    """`read_picture` where its bytes have been read already."""
+    if item.mask is not None or item.labelmap is not None:  # which have its whole size
+        config = config.model_copy(update={"dct_scaling": False})
+    picture = decode_picture(data, item.name, config)
+    if item.mask is not None:
+        picture = with_mask(picture, item.mask.read(), f"the mask of {item.name}")
     return require_some(picture, item.name)
 
 
@@ -77,7 +83,8 @@ def read_images(items: list[Item], config: PreprocessingConfig) -> Images:
     """Read a batch without randomness: centre crop, no flip. NaN marks pixels that do not count."""
     pictures = [
         require_some(
-            preprocess(read_picture(item, config), config, None), f"the centre of {item.name}"
+            preprocess(read_picture(item, config), config, None, item.name),
+            f"the centre of {item.name}",
         )
         for item in items
     ]
@@ -88,7 +95,7 @@ def depth_of(items: list[Item], config: PreprocessingConfig) -> Depth:
     """The widest number format among the first pictures; any but uint8 and uint16 is "float32"."""
     found: set[str] = set()
     for item in items[:LOOKED_AT]:
-        found.add(decode_array(item.read(), item.name, config.channels).dtype.name)
+        found.add(decode_array(item.picture.read(), item.name, config).dtype.name)
     if not found <= {"uint8", "uint16"}:
         return "float32"
     return "uint16" if "uint16" in found else "uint8"
@@ -144,7 +151,8 @@ def training_batches(
     The sequence does not depend on `workers`, the number of reading processes.
 
     Raises:
-        DataError: a picture cannot be read; the message names it.
+        DataError: a picture cannot be used; the message names it.
+        StorageError: the disk or the network fails.
     """
     loader = DataLoader(
         TrainingImages(items, config, seed),
@@ -154,7 +162,7 @@ def training_batches(
         generator=torch.Generator(),  # else it would draw from the global one
     )
     for pictures in loader:
-        bad = next((picture for picture in pictures if isinstance(picture, DataError)), None)
+        bad = next((picture for picture in pictures if isinstance(picture, LdmkitError)), None)
         if bad is not None:
             raise bad
         yield torch.stack(pictures)

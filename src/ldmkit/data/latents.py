@@ -7,7 +7,16 @@ their first dimension N:
     mean, std     [N, z, h, w]   of the posterior, in the autoencoder's own (raw) space; std is
                                  absent where the bottleneck has no noise
     label         [N]            class index, -1 where there is none
-    key, caption                 text, as NAME.bytes (uint8) and NAME.offsets ([N + 1])
+    view          [N]            0 = the plain view of its picture, 1 ... = further ones
+    key, caption, group          text, as NAME.bytes (uint8) and NAME.offsets ([N + 1])
+
+and, where the source has them or they were asked for:
+
+    boxes                        category, x0, y0, x1, y1 in shares of the picture, as boxes.values
+                                 ([M, 5]) and boxes.offsets ([N + 1])
+    labelmap      [N, H, W]      classes of the pixels, uint8
+    mask          [N, H, W]      1 = the pixel counts, uint8
+    lowres        [N, c, h, w]   the picture made smaller, uint8 or float32 in [-1, 1]
 
 `manifest.json` comes last and names every shard with its size and sha256. A set without it is
 unfinished and is refused.
@@ -16,47 +25,80 @@ unfinished and is refused.
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from ldmkit.container import FORMAT_VERSIONS, read_header
-from ldmkit.data.sources import NO_LABEL, Item
+from ldmkit.container import FORMAT_VERSIONS
+from ldmkit.data.items import Box, Item
+from ldmkit.data.tally import joined
 from ldmkit.errors import DataError
-from ldmkit.facts import Facts, Manifest, ShardEntry, ShardFacts, Whitening, validated
-from ldmkit.manifest import read_manifest, verify_shard
+from ldmkit.facts import Facts, Manifest, ShardEntry, ShardFacts, Whitening
 from ldmkit.modelfile import versions
-from ldmkit.tensors import Labels, Latents
+from ldmkit.tensors import Latents
 
-STORED_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-NUMPY_DTYPES = {
-    "F16": np.dtype("<f2"),
-    "F32": np.dtype("<f4"),
-    "I64": np.dtype("<i8"),
-    "U8": np.dtype("u1"),
+COLUMNS = (
+    "mean",
+    "std",
+    "key",
+    "label",
+    "caption",
+    "group",
+    "view",
+    "boxes",
+    "labelmap",
+    "mask",
+    "lowres",
+)
+STORED_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
 }
 
 
-class LatentBatch(NamedTuple):
-    """Posteriors and labels of a batch."""
+class Row(NamedTuple):
+    """What a latent was made from."""
 
-    mean: Latents
-    std: Latents
-    """Zero where the bottleneck has no noise."""
-    label: Labels
+    item: Item
+    view: int
+    """0 = the plain one."""
+    boxes: tuple[Box, ...]
 
 
-def items_digest(items: Sequence[Item]) -> str:
-    """sha256 over keys, labels, captions, masks (whether there): changes with what the data set holds."""
-    digest = hashlib.sha256()
-    for item in items:
-        masked = ["mask"] if item.mask else []
-        digest.update(json.dumps([item.key, item.label, item.caption, *masked]).encode())
-    return digest.hexdigest()
+class WrittenShard(NamedTuple):
+    """A shard as the manifest will name it, and what it says of itself."""
+
+    entry: ShardEntry
+    facts: ShardFacts
+    columns: tuple[str, ...]
+
+
+def items_digest(items: Iterable[Item]) -> str:
+    """sha256 over what is known of each item but its pixels; the order does not matter.
+
+    The size in bytes stands for the pixels: a picture that was replaced rarely has the same.
+    """
+    lines = sorted(
+        json.dumps(
+            [
+                *(item.key, item.picture.size, item.label, item.caption, item.group, item.boxes),
+                *(blob.size if blob else None for blob in (item.mask, item.labelmap)),
+            ]
+        )
+        for item in items
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def joined_digest(digests: Iterable[str]) -> str:
+    """sha256 over the digests of the items of each shard, in order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def shard_name(number: int) -> str:
@@ -64,8 +106,16 @@ def shard_name(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
-def shard_tensors(mean: Latents, std: Latents | None, items: Sequence[Item]) -> dict[str, Tensor]:
-    """The tensors of one shard, as they are stored; `std` is None for a bottleneck without noise.
+def shard_tensors(
+    mean: Latents, std: Latents | None, rows: Sequence[Row], extra: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of one shard, as they are stored.
+
+    Args:
+        mean: of the posterior, in the number format to store.
+        std: of the posterior; None for a bottleneck without noise.
+        rows: what goes along with each latent.
+        extra: further columns, `[N, ...]` each.
 
     Raises:
         DataError: a latent is not finite in the number format asked for.
@@ -73,16 +123,41 @@ def shard_tensors(mean: Latents, std: Latents | None, items: Sequence[Item]) -> 
     moments = {"mean": mean} if std is None else {"mean": mean, "std": std}
     finite = torch.stack([x.isfinite().flatten(1).all(1) for x in moments.values()]).all(0)
     if not bool(finite.all()):
-        first = items[int(finite.int().argmin())].key
+        first = rows[int(finite.int().argmin())].item.key
         raise DataError(
             f"the latents of {first} are not finite as {mean.dtype}; try --dtype float32"
         )
     return {
         **moments,
-        "label": torch.tensor([item.label for item in items], dtype=torch.int64),
-        **_ragged("key", [item.key for item in items]),
-        **_ragged("caption", [item.caption for item in items]),
+        "label": torch.tensor([row.item.label for row in rows], dtype=torch.int64),
+        "view": torch.tensor([row.view for row in rows], dtype=torch.int64),
+        **_ragged("key", [row.item.key for row in rows]),
+        **_ragged("caption", [row.item.caption for row in rows]),
+        **_ragged("group", [row.item.group for row in rows]),
+        **extra,
     }
+
+
+def box_columns(boxes: Sequence[Sequence[Box]]) -> dict[str, Tensor]:
+    """The boxes of each row, one after the other: category, x0, y0, x1, y1."""
+    offsets = np.cumsum([0, *(len(of_one) for of_one in boxes)])
+    values = [tuple(box) for of_one in boxes for box in of_one]
+    return {
+        "boxes.values": torch.tensor(values, dtype=torch.float32).reshape(-1, 5),
+        "boxes.offsets": torch.from_numpy(offsets),
+    }
+
+
+def columns_of(tensors: Iterable[str]) -> tuple[str, ...]:
+    """The columns that tensors of these names make up."""
+    found = {name.partition(".")[0] for name in tensors}
+    return tuple(name for name in COLUMNS if name in found)
+
+
+def read_texts(path: Path, name: str) -> list[str]:
+    """A text column of one shard."""
+    with safe_open(path, "np") as file:
+        return unragged(file.get_tensor(f"{name}.bytes"), file.get_tensor(f"{name}.offsets"))
 
 
 def moments_of(
@@ -100,83 +175,48 @@ def moments_of(
 
 def build_manifest(
     recipe: Facts,
-    class_names: tuple[str, ...],
+    names: tuple[tuple[str, ...], tuple[str, ...]],
     latent_shape: tuple[int, int, int],
-    shards: Sequence[tuple[ShardEntry, ShardFacts]],
-    *,
-    noisy: bool,
+    shards: Sequence[WrittenShard],
 ) -> Manifest:
-    """Sum up the shards of a set, in order; `noisy` latents have a `std` column.
+    """Sum up the shards of a set, in order.
+
+    Args:
+        recipe: how the latents were made.
+        names: of the classes, and of the categories of boxes.
+        latent_shape: z, height, width; a shard of another shape says so in its entry.
+        shards: all of them.
 
     Raises:
         DataError: the set is empty.
     """
-    count = sum(entry.count for entry, _ in shards)
+    count = sum(shard.entry.count for shard in shards)
     if count == 0:
         raise DataError("not one picture could be encoded")
-    values = sum(facts.moments[0] for _, facts in shards)
-    mean = np.sum([facts.moments[1] for _, facts in shards], axis=0) / values
-    square = np.sum([facts.moments[2] for _, facts in shards], axis=0) / values
+    all_facts = [shard.facts for shard in shards]
+    values = sum(facts.moments[0] for facts in all_facts)
+    mean = np.sum([facts.moments[1] for facts in all_facts], axis=0) / values
+    square = np.sum([facts.moments[2] for facts in all_facts], axis=0) / values
     std = np.sqrt(np.maximum(square - mean**2, 1e-12))
+    usual = [shard.entry.shape in (None, latent_shape) for shard in shards]
     return Manifest(
         format=f"ldmkit.latents/{FORMAT_VERSIONS['latents']}",
         recipe=recipe,
+        items=joined_digest(facts.items for facts in all_facts),
         count=count,
         latent_shape=latent_shape,
-        columns=("mean", *(["std"] if noisy else []), "key", "label", "caption"),
-        class_names=class_names,
+        columns=shards[0].columns,
+        class_names=names[0],
+        box_names=names[1],
         whitening=Whitening(mean=tuple(mean.tolist()), std=tuple(std.tolist())),
-        shards=tuple(entry for entry, _ in shards),
-        skipped=tuple(pair for _, facts in shards for pair in facts.skipped),
+        shards=tuple(
+            shard.entry.model_copy(update={"shape": None}) if plain else shard.entry
+            for shard, plain in zip(shards, usual, strict=True)
+        ),
+        skipped=tuple(pair for facts in all_facts for pair in facts.skipped),
+        converted=joined(facts.converted for facts in all_facts),
         versions=versions(),
     )
-
-
-class LatentSet:
-    """A committed latent set, memory-mapped for random access.
-
-    Args:
-        directory: of the set. Every shard is checked against its digest first.
-
-    Raises:
-        DataError: the set is unfinished, or a shard is missing or damaged.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.manifest = read_manifest(directory)
-        self._shards: list[dict[str, np.ndarray]] = []
-        for entry in self.manifest.shards:
-            verify_shard(directory, entry)
-            self._shards.append(_memory_map(directory / entry.name))
-        self._starts = np.cumsum([0, *(len(shard["label"]) for shard in self._shards)])
-        self.labels = np.concatenate([shard["label"] for shard in self._shards])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def read(self, indices: Sequence[int]) -> LatentBatch:
-        """The posteriors of some samples, as float32, in the order asked for."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        owners = np.searchsorted(self._starts, wanted, side="right") - 1
-        shape = (len(wanted), *self.manifest.latent_shape)
-        mean, std = np.empty(shape, np.float32), np.zeros(shape, np.float32)
-        for owner in np.unique(owners):
-            rows = np.flatnonzero(owners == owner)
-            local = wanted[rows] - self._starts[owner]
-            mean[rows] = self._shards[owner]["mean"][local]
-            if "std" in self._shards[owner]:
-                std[rows] = self._shards[owner]["std"][local]
-        labels = torch.from_numpy(self.labels[wanted])
-        return LatentBatch(torch.from_numpy(mean), torch.from_numpy(std), labels)
-
-    def texts(self, name: str) -> list[str]:
-        """A text column (`key` or `caption`) whole."""
-        return [text for shard in self._shards for text in _unragged(shard, name)]
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether any sample carries a class."""
-        return bool((self.labels != NO_LABEL).any())
 
 
 def _ragged(name: str, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -186,23 +226,8 @@ def _ragged(name: str, texts: Sequence[str]) -> dict[str, Tensor]:
     return {f"{name}.bytes": torch.from_numpy(data), f"{name}.offsets": torch.from_numpy(offsets)}
 
 
-def _unragged(shard: dict[str, np.ndarray], name: str) -> list[str]:
-    data, offsets = shard[f"{name}.bytes"].tobytes(), shard[f"{name}.offsets"]
-    pairs = itertools.pairwise(offsets)
-    return [data[start:stop].decode("utf-8", "surrogatepass") for start, stop in pairs]
-
-
-def _memory_map(path: Path) -> dict[str, np.ndarray]:
-    header = read_header(path)
-    validated(ShardFacts, header.facts, str(path))
-    arrays = {}
-    for name, entry in header.tensors.items():
-        dtype = NUMPY_DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise DataError(f"{path}: tensor {name} has the number format {entry.dtype}")
-        if entry.start == entry.stop:  # an empty map is no map
-            arrays[name] = np.empty(entry.shape, dtype)
-            continue
-        start = header.payload_start + entry.start
-        arrays[name] = np.memmap(path, dtype, mode="r", offset=start, shape=entry.shape)
-    return arrays
+def unragged(data: np.ndarray, offsets: np.ndarray) -> list[str]:
+    """The texts of a column that is stored as bytes and offsets."""
+    whole = data.tobytes()
+    pairs = itertools.pairwise(offsets.tolist())
+    return [whole[start:stop].decode("utf-8", "surrogatepass") for start, stop in pairs]

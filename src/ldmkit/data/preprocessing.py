@@ -8,12 +8,16 @@ from torch import Tensor
 from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.data.gaps import has_gaps
 from ldmkit.data.pictures import Picture
+from ldmkit.data.placement import Placement, place
 
 AnySize = Float[Tensor, "batch channels _height _width"]
 
 
 def preprocess(
-    picture: Picture, config: PreprocessingConfig, draw: torch.Generator | None
+    picture: Picture,
+    config: PreprocessingConfig,
+    draw: torch.Generator | None,
+    name: str = "the picture",
 ) -> Picture:
     """Bring a picture to `[c, size, size]`: shorter side to the size, cut the longer one.
 
@@ -22,21 +26,27 @@ def preprocess(
             values that lie outside can spread. NaN marks pixels that do not count and stays NaN.
         config: size, filter, crop, flip.
         draw: decides random crops and flips; None for the centre and no flip (encoding, evaluation).
+        name: how to call the picture in errors.
+
+    Raises:
+        DataError: the config allows no resizing or no cutting, and the picture would need it.
     """
-    size = config.size
+    return lay(picture, place(picture.shape[1:], config, draw, name=name), config)
+
+
+def lay(picture: Picture, placement: Placement, config: PreprocessingConfig) -> Picture:
+    """Resize, cut and mirror a picture as a placement says; values are clipped to a declared range."""
     if config.range is not None:
         picture = picture.clamp(-1.0, 1.0)
-    if min(picture.shape[1:]) != size:
-        picture = _resize_shorter_side(picture, size, config.resize)
-    spare_y, spare_x = picture.shape[1] - size, picture.shape[2] - size
-    top, left = spare_y // 2, spare_x // 2
-    if draw is not None:
-        share_y, share_x, mirror = torch.rand(3, generator=draw).tolist()
-        if config.crop == "random":
-            top, left = int(share_y * (spare_y + 1)), int(share_x * (spare_x + 1))
-        if config.flip and mirror < 0.5:
-            picture = picture.flip(2)
-    return picture[:, top : top + size, left : left + size].contiguous()
+    if picture.shape[1:] != placement.resized:
+        picture = resize(picture[None].contiguous(), placement.resized, config.resize)[0]
+    return _window(picture, placement).contiguous()
+
+
+def lay_classes(labelmap: Tensor, placement: Placement) -> Tensor:
+    """The same for `[h, w]` class indices, by the nearest pixel: classes have no middle."""
+    resized = F.interpolate(labelmap[None, None].float(), placement.resized, mode="nearest-exact")
+    return _window(resized[0], placement)[0].to(labelmap.dtype)
 
 
 def resize(images: AnySize, size: tuple[int, int], filter_name: str) -> AnySize:
@@ -59,11 +69,10 @@ def resize(images: AnySize, size: tuple[int, int], filter_name: str) -> AnySize:
     return resized.clamp(-1.0, 1.0)  # bicubic overshoots at edges
 
 
-def _resize_shorter_side(picture: Picture, size: int, filter_name: str) -> Picture:
-    height, width = picture.shape[1:]
-    scale = size / min(height, width)
-    target = (max(size, round(height * scale)), max(size, round(width * scale)))
-    return resize(picture[None].contiguous(), target, filter_name)[0]
+def _window(picture: Tensor, placement: Placement) -> Tensor:
+    top, left, (height, width) = placement.top, placement.left, placement.size
+    window = picture[:, top : top + height, left : left + width]
+    return window.flip(2) if placement.mirror else window
 
 
 def _interpolated(images: Tensor, size: tuple[int, int], filter_name: str) -> Tensor:

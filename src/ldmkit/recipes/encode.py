@@ -1,44 +1,38 @@
 """`ldmkit encode`: pictures in, a latent set out, once."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Sequence
 from io import BufferedIOBase
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-
-from ldmkit.assembly import autoencoder_facts, load_autoencoder
-from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
+from ldmkit.autoencoder.latent_shards import Work, encode_shards
 from ldmkit.autoencoder.tiling import compute_in_tiles
-from ldmkit.autoencoder_configs import PreprocessingConfig
-from ldmkit.configs import STREAM, EncodeConfig
-from ldmkit.container import file_digest, read_header
-from ldmkit.data.gaps import fill_gaps
-from ldmkit.data.images import read_images, say_what_is_clipped
-from ldmkit.data.latents import (
-    STORED_DTYPES,
-    build_manifest,
-    items_digest,
-    moments_of,
-    shard_name,
-    shard_tensors,
+from ldmkit.configs import STREAM
+from ldmkit.data.buckets import bucket_shapes, sorted_into_buckets
+from ldmkit.data.encoding import Task, ViewSettings, plan_shards
+from ldmkit.data.former_set import (
+    former_manifest,
+    items_of,
+    items_to_add,
+    kept_shard,
+    remove_other,
+    streamed_shard,
+    written_shard,
 )
-from ldmkit.data.pictures import Picture
-from ldmkit.data.sources import Item, open_source
+from ldmkit.data.images import say_what_is_clipped
+from ldmkit.data.items import Item, Source
+from ldmkit.data.latents import WrittenShard, build_manifest, shard_name
+from ldmkit.data.sources import open_source
+from ldmkit.data.tally import lines_of
+from ldmkit.data_configs import EncodeConfig
 from ldmkit.durable import sweep_temporaries
 from ldmkit.errors import DataError, UsageError
-from ldmkit.facts import AutoencoderFacts, Facts, Manifest, ShardEntry, ShardFacts, validated
-from ldmkit.manifest import MANIFEST, read_manifest, write_manifest
-from ldmkit.modelfile import load, save, write_message
-from ldmkit.terminal import Track, say, track
+from ldmkit.facts import AutoencoderFacts, Manifest, ShardFacts
+from ldmkit.manifest import MANIFEST, write_manifest
+from ldmkit.modelfile import save, write_message
+from ldmkit.terminal import say, track
 from ldmkit.training.runtime import pick_device
-
-
-class Shard(NamedTuple):
-    """One shard before it is written."""
-
-    tensors: dict[str, torch.Tensor]
-    facts: ShardFacts
 
 
 def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path | None:
@@ -49,7 +43,8 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
         stream: where the bytes go if `config.out` is `-`: one message a shard, then the manifest.
 
     Returns:
-        The directory of the set; None if it was streamed.
+        The directory of the set; None if it was streamed. With several jobs the set is finished, and
+        has its manifest, when the last of them ends.
 
     Raises:
         DataError: a picture cannot be used (beyond `max_bad`), or OUT holds a set made differently.
@@ -57,194 +52,177 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
     """
     if config.out == STREAM and stream is None:
         raise UsageError("out is `-`, and no stream was given to write to")
+    job, jobs = job_of(config)
     facts = autoencoder_facts(config.ae)
-    preprocessing = encoding_preprocessing(config, facts)
-    source = open_source(config.data)
+    source = open_source(config, max_bad=config.max_bad)
+    work = plan_work(config, facts, source)
+    tasks = plan_tasks(config, work, source.items)
+    former: Manifest | None = None
+    before: list[str] = []  # shards that this call adds to
+    if stream is None:
+        if config.force:
+            remove_other(config.out, work.recipe, tasks)
+        former = former_manifest(config.out, work.recipe)
+        for name in ["*"] if jobs == 1 else [shard_name(t.number) for t in tasks[job - 1 :: jobs]]:
+            sweep_temporaries(config.out, name)
+    if former is not None and (config.add or former.items != items_of(tasks)):
+        source = items_to_add(source, former, config.out)
+        if source.items and not config.add:
+            raise DataError(
+                f"{config.out} lacks {len(source.items)} of the pictures in DATA, the first of them "
+                f"{source.items[0].key}: --add appends them, --force encodes all anew"
+            )
+        tasks = plan_tasks(config, work, source.items, former)
+        before = [entry.name for entry in former.shards]
+    if former is not None and all(path_of(config, task).is_file() for task in tasks):
+        say(f"{config.out} is complete")
+        return config.out
+
+    say_what_is_clipped(source.items, work.preprocessing)
+    mine = tasks[job - 1 :: jobs]
+    kept = {} if stream else kept_shards(config, work, mine)
+    todo = [task for task in mine if task.number not in kept]
+    model = load_autoencoder(config.ae, pick_device(config.device)) if todo else None
+    if model is not None and config.tile:
+        exact = config.tiling == "exact"
+        compute_in_tiles(model, config.tile, exact=exact, scratch=config.scratch)
+    written: list[WrittenShard] = []
+    with track(
+        "encode", items_in(mine), done=items_in(mine) - items_in(todo), unit="picture"
+    ) as bar:
+        for task, shard in encode_shards(model, todo, work, config, bar) if model else ():
+            dump = shard.facts.model_dump(mode="json")
+            if stream is not None:
+                write_message(stream, shard.tensors, kind="latents", config={}, facts=dump)
+                written.append(streamed_shard(shard_name(task.number), shard.tensors, shard.facts))
+            else:
+                save(path_of(config, task), shard.tensors, kind="latents", config={}, facts=dump)
+
+    if stream is None:
+        there = sum(path_of(config, task).is_file() for task in tasks)
+        if there < len(tasks):
+            say(
+                f"{there} of {len(tasks)} shards are there; the job that comes last adds the manifest"
+            )
+            return config.out
+        names = [shard_name(task.number) for task in tasks]
+        written = [written_shard(config.out / name, work.recipe) for name in (*before, *names)]
+    size = work.preprocessing.size // facts.factor
+    manifest = build_manifest(
+        work.recipe,
+        (source.class_names, source.box_names),
+        (facts.latent_channels, size, size),
+        written,
+    )
+    report(manifest)
+    if stream is not None:
+        dump = manifest.model_dump(mode="json")
+        write_message(stream, {}, kind="manifest", config={}, facts=dump)
+        return None
+    write_manifest(config.out, manifest)
+    return config.out
+
+
+def job_of(config: EncodeConfig) -> tuple[int, int]:
+    """Which job this is, from 1, and of how many: as asked for, or a process of torchrun.
+
+    Raises:
+        UsageError: several jobs would replace each other's work.
+    """
+    part, count = 1, 1
+    if config.jobs is not None:
+        part, count = (int(number) for number in config.jobs.split("/"))
+    elif config.out != STREAM and "WORLD_SIZE" in os.environ:
+        part, count = int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
+    if count > 1 and config.force:
+        raise UsageError(
+            "--force and several jobs would remove each other's shards: remove OUT first"
+        )
+    return part, count
+
+
+def plan_work(config: EncodeConfig, facts: AutoencoderFacts, source: Source) -> Work:
+    """What decides the bytes of every shard.
+
+    Raises:
+        DataError: the size is not a multiple of the autoencoder's factor.
+        UsageError: a bucket or a low-resolution picture would have no whole size.
+    """
+    preprocessing = preprocessing_of(facts, config.size)
+    if config.buckets and config.bucket_step % facts.factor:
+        raise UsageError(
+            f"--bucket-step {config.bucket_step} is no multiple of the autoencoder's factor "
+            f"{facts.factor}"
+        )
+    step = config.bucket_step if config.buckets else preprocessing.size
+    if config.lowres and step % config.lowres:
+        raise UsageError(f"--lowres {config.lowres} does not divide {step}, a side of the pictures")
+    views = ViewSettings(
+        config.views, config.view_flip, config.view_zoom, config.view_jitter, config.seed
+    )
+    columns = {
+        "boxes": bool(source.box_names),
+        "labelmap": any(item.labelmap for item in source.items),
+        "mask": any(item.mask for item in source.items),
+        "lowres": config.lowres > 0,
+    }
+    stored = sorted(name for name, there in columns.items() if there)
     recipe = {
         "autoencoder": facts.fingerprint,
         "preprocessing": preprocessing.model_dump(mode="json", exclude_none=True),
         "dtype": config.dtype,
         "shard_size": config.shard_size,
         "tile": config.tile if config.tile and config.tiling == "independent" else None,
-        "items": items_digest(source.items),
+        "views": views._asdict() if config.views > 1 else None,
+        "buckets": [config.bucket_step, config.bucket_ratio] if config.buckets else None,
+        "lowres": config.lowres or None,
+        "columns": stored,
     }
-    if stream is None and _committed(config.out, recipe, force=config.force):
-        say(f"{config.out} is complete")
-        return config.out
-
-    say_what_is_clipped(source.items, preprocessing)
-    device = pick_device(config.device)
-    model = load_autoencoder(config.ae, device)
-    if config.tile:
-        compute_in_tiles(model, config.tile, exact=config.tiling == "exact", scratch=config.scratch)
-    written: list[tuple[ShardEntry, ShardFacts]] = []
-    allowed = int(config.max_bad * len(source.items))
-    with track("encode", len(source.items), unit="picture") as progress:
-        for number, start in enumerate(range(0, len(source.items), config.shard_size)):
-            items = source.items[start : start + config.shard_size]
-            path = config.out / shard_name(number)
-            shard_facts = _kept(path, recipe, start) if stream is None else None
-            if shard_facts is None:
-                shard = _encode_shard(model, items, start, recipe, config, preprocessing, progress)
-                shard_facts = shard.facts
-                dump = shard_facts.model_dump(mode="json")
-                if stream is not None:
-                    write_message(stream, shard.tensors, kind="latents", config={}, facts=dump)
-                else:
-                    save(path, shard.tensors, kind="latents", config={}, facts=dump)
-            else:
-                progress.advance(len(items))
-            written.append((_entry(path, shard_facts, stream is not None), shard_facts))
-            skipped = [pair for _, done in written for pair in done.skipped]
-            if len(skipped) > allowed:
-                raise DataError(
-                    f"{skipped[-1][1]} (to leave out unreadable pictures: --max-bad 0.01)"
-                )
-
-    size = preprocessing.size // facts.factor
-    manifest = build_manifest(
-        recipe,
-        source.class_names,
-        (facts.latent_channels, size, size),
-        written,
-        noisy=model.is_noisy,
-    )
-    _report(manifest)
-    if stream is not None:
-        write_message(
-            stream, {}, kind="manifest", config={}, facts=manifest.model_dump(mode="json")
-        )
-        return None
-    write_manifest(config.out, manifest)
-    return config.out
+    return Work(recipe, preprocessing, views, frozenset(stored), facts.depth)
 
 
-def encoding_preprocessing(config: EncodeConfig, facts: AutoencoderFacts) -> PreprocessingConfig:
-    """The autoencoder's own preprocessing, without randomness, at the size asked for.
-
-    Raises:
-        DataError: the size is not a multiple of the autoencoder's factor.
-    """
-    size = config.size or facts.preprocessing.size
-    if size % facts.factor:
-        raise DataError(
-            f"--size {size} is not a multiple of the autoencoder's factor {facts.factor}"
-        )
-    return facts.preprocessing.model_copy(update={"size": size, "crop": "center", "flip": False})
-
-
-def _committed(out: Path, recipe: Facts, *, force: bool) -> bool:
-    """Whether the set is there and was made in this very way; with `force`, another one is removed."""
-    sweep_temporaries(out)
-    manifest = out / MANIFEST
-    shards = sorted(out.glob("*.safetensors"))
-    committed = None
-    if manifest.exists():
-        committed = read_manifest(out)
-        stored = committed.recipe
-    elif shards:
-        stored = validated(ShardFacts, read_header(shards[0]).facts, str(shards[0])).recipe
-    else:
-        return False
-    changed = [name for name in recipe if stored.get(name) != recipe[name]]
-    if not changed:
-        return committed is not None and all(
-            (out / entry.name).is_file() for entry in committed.shards
-        )
-    if not force:
-        raise DataError(
-            f"{out} holds latents made with another {changed[0]} ({stored.get(changed[0])}, now "
-            f"{recipe[changed[0]]}): give another --out, or --force to replace them"
-        )
-    for path in (manifest, *shards):  # the manifest first: without it the set counts for nothing
-        path.unlink(missing_ok=True)
-    return False
-
-
-def _kept(path: Path, recipe: Facts, start: int) -> ShardFacts | None:
-    """The facts of a shard that an earlier call finished, if its bytes hold."""
-    if not path.exists():
-        return None
-    try:
-        header, _ = load(path, kind="latents")
-    except DataError as error:
-        say(f"encoding again: {error}")
-        return None
-    facts = validated(ShardFacts, header.facts, str(path))
-    return facts if facts.recipe == recipe and facts.start == start else None
-
-
-@torch.inference_mode()
-def _encode_shard(
-    model: Autoencoder,
-    items: list[Item],
-    start: int,
-    recipe: Facts,
-    config: EncodeConfig,
-    preprocessing: PreprocessingConfig,
-    progress: Track,
-) -> Shard:
-    device = model.device
-    means, stds, kept, skipped = [], [], [], []
-    batch_size = 1 if config.tile else config.batch_size
-    for batch_start in range(0, len(items), batch_size):
-        batch = items[batch_start : batch_start + batch_size]
-        readable, images = [], []
-        for item, picture in _readable(batch, preprocessing):
-            if isinstance(picture, DataError):
-                skipped.append((item.key, str(picture)))
-                if config.max_bad == 0:
-                    raise picture
-            else:
-                readable.append(item)
-                images.append(picture)
-        if images:
-            posterior = model.encode(fill_gaps(torch.stack(images)).images.to(device))
-            means.append(posterior.mean.cpu().to(STORED_DTYPES[config.dtype]))
-            if posterior.std is not None:
-                stds.append(posterior.std.cpu().to(STORED_DTYPES[config.dtype]))
-            kept += readable
-        progress.advance(len(batch))
-    size = preprocessing.size // model.config.factor
-    none = torch.empty(0, model.latent_channels, size, size, dtype=STORED_DTYPES[config.dtype])
-    mean = torch.cat([none, *means])
-    std = torch.cat([none, *stds]) if model.is_noisy else None
-    tensors = shard_tensors(mean, std, kept)
-    facts = ShardFacts(
-        fingerprint="",
-        recipe=recipe,
-        start=start,
-        stop=start + len(items),
-        skipped=tuple(skipped),
-        moments=moments_of(mean, std),
-    )
-    return Shard(tensors, facts)
-
-
-def _readable(
-    items: list[Item], preprocessing: PreprocessingConfig
-) -> Iterator[tuple[Item, Picture | DataError]]:
-    for item in items:
-        try:
-            yield item, read_images([item], preprocessing)[0]
-        except DataError as error:
-            yield item, error
-
-
-def _entry(path: Path, facts: ShardFacts, streaming: bool) -> ShardEntry:
-    count = facts.stop - facts.start - len(facts.skipped)
-    size, digest = (0, "") if streaming else (path.stat().st_size, file_digest(path))
-    return ShardEntry(
-        name=path.name, start=facts.start, stop=facts.stop, count=count, bytes=size, sha256=digest
+def plan_tasks(
+    config: EncodeConfig, work: Work, items: Sequence[Item], former: Manifest | None = None
+) -> list[Task]:
+    """The shards to make for some items, to come after those of a former set."""
+    size = work.preprocessing.size
+    parts = [((size, size), items)]
+    if config.buckets:
+        shapes = bucket_shapes(size, config.bucket_step, config.bucket_ratio)
+        parts = sorted_into_buckets(items, shapes, work.preprocessing)
+    return plan_shards(
+        parts,
+        config.shard_size,
+        first_number=len(former.shards) if former else 0,
+        first_item=former.shards[-1].stop if former else 0,
     )
 
 
-def _report(manifest: Manifest) -> None:
+def kept_shards(config: EncodeConfig, work: Work, tasks: Sequence[Task]) -> dict[int, ShardFacts]:
+    """The shards that need not be made again, by number."""
+    found = ((task, kept_shard(path_of(config, task), work.recipe, task)) for task in tasks)
+    return {task.number: facts for task, facts in found if facts is not None}
+
+
+def items_in(tasks: Sequence[Task]) -> int:
+    """How many pictures some shards cover."""
+    return sum(len(task.items) for task in tasks)
+
+
+def path_of(config: EncodeConfig, task: Task) -> Path:
+    """Where a shard lies."""
+    return config.out / shard_name(task.number)
+
+
+def report(manifest: Manifest) -> None:
+    """Say what the set is, what was left out of it, and what decoding changed."""
     means = ", ".join(f"{value:.3f}" for value in manifest.whitening.mean)
     stds = ", ".join(f"{value:.3f}" for value in manifest.whitening.std)
     say(
         f"{manifest.count} latents of {manifest.latent_shape}; per channel mean {means}; std {stds}"
     )
+    for line in lines_of(manifest.converted):
+        say(line)
     for key, reason in manifest.skipped[:10]:
         say(f"left out {key}: {reason}")
     if len(manifest.skipped) > 10:

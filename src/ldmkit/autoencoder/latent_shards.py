@@ -1,0 +1,177 @@
+"""From pictures to shards of latents: what `encode` computes between reading and writing."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.autoencoder_configs import PreprocessingConfig
+from ldmkit.data.encoding import Batch, Task, ViewSettings, read_batches
+from ldmkit.data.gaps import fill_gaps
+from ldmkit.data.items import Box
+from ldmkit.data.latents import (
+    STORED_DTYPES,
+    Row,
+    box_columns,
+    items_digest,
+    moments_of,
+    shard_tensors,
+)
+from ldmkit.data.preprocessing import resize
+from ldmkit.data.tally import tally_of
+from ldmkit.data_configs import EncodeConfig
+from ldmkit.errors import DataError
+from ldmkit.facts import Depth, Facts, ShardFacts
+from ldmkit.pixels import to_pixels
+from ldmkit.terminal import Track
+
+UNLABELLED = 255
+"""Class of the pixels of a picture without a label map, in a set that has them."""
+
+
+class Work(NamedTuple):
+    """What stays the same from shard to shard."""
+
+    recipe: Facts
+    preprocessing: PreprocessingConfig
+    views: ViewSettings
+    columns: frozenset[str]
+    """Which of boxes, labelmap, mask and lowres are stored."""
+    depth: Depth
+    """Number format of the pictures that the autoencoder saw."""
+
+
+class Shard(NamedTuple):
+    """One shard before it is written."""
+
+    tensors: dict[str, Tensor]
+    facts: ShardFacts
+
+
+class EncodedBatch(NamedTuple):
+    """Some pictures and their latents as they are stored; None where nothing could be read."""
+
+    batch: Batch
+    mean: Tensor | None
+    std: Tensor | None
+
+
+def encode_shards(
+    model: Autoencoder, tasks: Sequence[Task], work: Work, config: EncodeConfig, bar: Track
+) -> Iterator[tuple[Task, Shard]]:
+    """Make shards, one after the other, while the pictures of the next are read.
+
+    Raises:
+        DataError: more pictures than `max_bad` allows cannot be used.
+    """
+    batch_size = 1 if config.tile else config.batch_size
+    batches = read_batches(
+        tasks, work.preprocessing, work.views, batch_size=batch_size, workers=config.workers
+    )
+    bad_left = int(config.max_bad * sum(len(task.items) for task in tasks))
+    for number, members in itertools.groupby(batches, key=lambda batch: batch.shard):
+        parts = []
+        for batch in members:
+            bad_left -= bad_in(batch, bad_left)
+            parts.append(EncodedBatch(batch, *encode_batch(model, batch, batch_size, config.dtype)))
+            bar.advance(len(batch.readings))
+        yield tasks[number], build_shard(model, tasks[number], parts, work)
+
+
+def bad_in(batch: Batch, allowed: int) -> int:
+    """How many items of a batch cannot be used.
+
+    Raises:
+        DataError: more than `allowed`.
+        LdmkitError: it is not the fault of an item.
+    """
+    errors = [reading.error for reading in batch.readings if reading.error]
+    others = [error for error in errors if not isinstance(error, DataError)]
+    if others:
+        raise others[0]
+    if len(errors) > allowed:
+        raise DataError(f"{errors[-1]} (to leave out unreadable pictures: --max-bad 0.01)")
+    return len(errors)
+
+
+@torch.inference_mode()
+def encode_batch(
+    model: Autoencoder, batch: Batch, batch_size: int, dtype: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and standard deviation of the posteriors, as they are stored; None where there are none."""
+    if batch.images is None:
+        return None, None
+    images = fill_gaps(batch.images).images
+    posteriors = [model.encode(part.to(model.device)) for part in images.split(batch_size)]
+    stored = STORED_DTYPES[dtype]
+    mean = torch.cat([posterior.mean.to(stored).cpu() for posterior in posteriors])
+    stds = [part.std.to(stored).cpu() for part in posteriors if part.std is not None]
+    return mean, torch.cat(stds) if stds else None
+
+
+def build_shard(model: Autoencoder, task: Task, parts: Sequence[EncodedBatch], work: Work) -> Shard:
+    """Put the batches of a shard together."""
+    factor = model.config.factor
+    shape = (model.latent_channels, task.size[0] // factor, task.size[1] // factor)
+    none = torch.empty(0, *shape, dtype=STORED_DTYPES[work.recipe["dtype"]])
+    mean = torch.cat([none, *(part.mean for part in parts if part.mean is not None)])
+    std = None
+    if model.is_noisy:
+        std = torch.cat([none, *(part.std for part in parts if part.std is not None)])
+    readings = [reading for part in parts for reading in part.batch.readings]
+    rows = [
+        Row(task.items[reading.place], number, view.boxes)
+        for reading in readings
+        for number, view in enumerate(reading.views)
+    ]
+    images = [part.batch.images for part in parts if part.batch.images is not None]
+    labelmaps = [view.labelmap for reading in readings for view in reading.views]
+    extra = extra_columns(work, task, images, [row.boxes for row in rows], labelmaps)
+    tensors = shard_tensors(mean, std, rows, extra)
+    changes = tally_of((task.items[reading.place].key, reading.conversions) for reading in readings)
+    facts = ShardFacts(
+        fingerprint="",
+        recipe=work.recipe,
+        items=items_digest(task.items),
+        start=task.start,
+        stop=task.stop,
+        skipped=tuple(
+            (task.items[reading.place].key, str(reading.error))
+            for reading in readings
+            if reading.error
+        ),
+        converted=changes,
+        moments=moments_of(mean, std),
+    )
+    return Shard(tensors, facts)
+
+
+def extra_columns(
+    work: Work,
+    task: Task,
+    images: Sequence[Tensor],
+    boxes: Sequence[Sequence[Box]],
+    labelmaps: Sequence[Tensor | None],
+) -> dict[str, Tensor]:
+    """The columns that only some sets have."""
+    height, width = task.size
+    columns: dict[str, Tensor] = {}
+    if "boxes" in work.columns:
+        columns |= box_columns(boxes)
+    if "labelmap" in work.columns:
+        unknown = torch.full(task.size, UNLABELLED, dtype=torch.uint8)
+        maps = [unknown if labelmap is None else labelmap for labelmap in labelmaps]
+        columns["labelmap"] = torch.stack(maps) if maps else unknown[None][:0]
+    if "mask" in work.columns:
+        none = torch.empty(0, height, width, dtype=torch.uint8)
+        columns["mask"] = torch.cat([none, *((~x.isnan().any(1)).byte() for x in images)])
+    if "lowres" in work.columns:
+        side = (height // work.recipe["lowres"], width // work.recipe["lowres"])
+        small = [resize(fill_gaps(x).images, side, "bicubic") for x in images]
+        none = torch.empty(0, work.preprocessing.channels, *side)
+        stored = torch.cat([none, *small])
+        columns["lowres"] = to_pixels(stored) if work.depth == "uint8" else stored
+    return columns
