@@ -30,8 +30,14 @@ from ldmkit.autoencoder.loss import (
 )
 from ldmkit.autoencoder.posterior import Posterior
 from ldmkit.configs import TrainAEConfig
+from ldmkit.data.order import generator_for
+from ldmkit.data.preprocessing import AnySize, resize
 from ldmkit.tensors import Images, Latents, Noise
 from ldmkit.training.optimization import clip_gradients
+
+RESOLUTION = 6  # place in the seed tree
+LARGEST_FIRST = 10
+"""Steps at the largest resolution, so that a lack of memory shows at once."""
 
 
 class Learners(NamedTuple):
@@ -186,3 +192,13 @@ def update_discriminator(
     clip_gradients(learners.disc_optimizer, config.clip_norm)
     learners.disc_optimizer.step()
     return {name: torch.stack(values).mean() for name, values in scalars.items()}
+
+
+def at_resolution(images: AnySize, config: TrainAEConfig, step: int) -> AnySize:
+    """The batch at one of the sides of --multi-resolution, chosen by (seed, step)."""
+    sides = sorted(config.multi_resolution, reverse=True)
+    if not sides:
+        return images
+    pick = torch.randint(len(sides), (), generator=generator_for(config.seed, RESOLUTION, step))
+    side = sides[0 if step < LARGEST_FIRST else int(pick)]
+    return resize(images, (side, side), config.preprocessing.resize)

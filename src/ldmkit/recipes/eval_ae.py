@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldmkit.assembly import autoencoder_facts, load_autoencoder
+from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.loss import where_valid
 from ldmkit.autoencoder.perceptual import MIN_SIZE, PerceptualDistance, build_perceptual
@@ -15,8 +15,9 @@ from ldmkit.autoencoder_configs import AutoencoderLossConfig, PreprocessingConfi
 from ldmkit.configs import EvalAEConfig
 from ldmkit.data.gaps import fill_gaps
 from ldmkit.data.images import read_images, split
+from ldmkit.data.items import Item
 from ldmkit.data.order import generator_for
-from ldmkit.data.sources import Item, open_source
+from ldmkit.data.sources import open_source
 from ldmkit.durable import atomic_file, sweep_temporaries, write_text
 from ldmkit.errors import DataError, QualityError
 from ldmkit.facts import AutoencoderFacts
@@ -74,7 +75,7 @@ def eval_ae(config: EvalAEConfig) -> Path:
     """
     device = pick_device(config.device)
     facts = autoencoder_facts(config.ae)
-    preprocessing = evaluation_preprocessing(config, facts)
+    preprocessing = preprocessing_of(facts, config.size)
     items = chosen_items(config)
     distances = build_distances(config, device)
     comparison = Comparison(distances, build_features(config, device))
@@ -158,27 +159,13 @@ def eval_ae(config: EvalAEConfig) -> Path:
     return config.out
 
 
-def evaluation_preprocessing(config: EvalAEConfig, facts: AutoencoderFacts) -> PreprocessingConfig:
-    """What the autoencoder was trained with, at the size that was asked for.
-
-    Raises:
-        DataError: the size is not a multiple of the autoencoder's factor.
-    """
-    size = config.size or facts.preprocessing.size
-    if size % facts.factor:
-        raise DataError(
-            f"--size {size} is not a multiple of the autoencoder's factor {facts.factor}"
-        )
-    return facts.preprocessing.model_copy(update={"size": size})
-
-
 def chosen_items(config: EvalAEConfig) -> list[Item]:
     """The pictures to look at, in random order.
 
     Raises:
         DataError: none are held back by `--holdout`.
     """
-    items = open_source(config.data).items
+    items = open_source(config).items
     if config.holdout:
         found = split(items, config.holdout).held_back
         if not found:

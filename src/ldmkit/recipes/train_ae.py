@@ -19,6 +19,7 @@ from ldmkit.autoencoder.loss import ReconstructionLoss, where_valid
 from ldmkit.autoencoder.perceptual import PerceptualDistance, box_distance, build_perceptual
 from ldmkit.autoencoder.training_step import (
     Learners,
+    at_resolution,
     batch_of,
     divided,
     update_autoencoder,
@@ -36,9 +37,11 @@ from ldmkit.data.images import (
     split,
     training_batches,
 )
+from ldmkit.data.items import Item
+from ldmkit.data.locations import shown
 from ldmkit.data.order import generator_for, indices_of_step, seed_for
-from ldmkit.data.preprocessing import AnySize, resize
-from ldmkit.data.sources import Item, open_source
+from ldmkit.data.sources import open_source
+from ldmkit.data.survey import usable_items
 from ldmkit.errors import CollapseError, InterruptedRun
 from ldmkit.metrics.reconstruction import psnr
 from ldmkit.pixels import grid, to_pixels
@@ -51,17 +54,15 @@ from ldmkit.training.optimization import (
     set_learning_rate,
     update_average,
 )
-from ldmkit.training.run import due, finished, open_run
+from ldmkit.training.run import due, finished, open_run, require_same_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
 from ldmkit.training.setback import Setback, read_setback, write_setback
 
-WEIGHTS, NOISE, GLOBAL, CODES, RESOLUTION = 2, 3, 4, 5, 6  # places in the seed tree
+WEIGHTS, NOISE, GLOBAL, CODES = 2, 3, 4, 5  # places in the seed tree; 6 is RESOLUTION
 PREVIEWS = 8
 CHECK_EVERY = 25
 """Steps between looks at the watch, each of which waits for the device."""
-LARGEST_FIRST = 10
-"""Steps at the largest resolution, so that a lack of memory shows at once."""
 MARGIN = 500
 """Steps before a collapse was noticed in which a state is not trusted any more."""
 
@@ -87,9 +88,19 @@ def train_ae(config: TrainAEConfig) -> Path:
         save_autoencoder(result, model, config.preprocessing, {"pictures": 0, "steps": 0})
         return result
     device = pick_device(config.device)
-    data = split(open_source(config.data).items, config.holdout)
+    items = open_source(config, max_bad=config.max_bad).items
+    if config.look_first:
+        require_same_run(config)
+        items = usable_items(
+            items,
+            config.preprocessing,
+            config.out,
+            max_bad=config.max_bad,
+            workers=config.workers,
+        )
+    data = split(items, config.holdout)
     training, held_back = (len(items) for items in data)
-    say(f"{training} pictures to train on, {held_back} held back, from {config.data}")
+    say(f"{training} pictures to train on, {held_back} held back, from {shown(config.data)}")
     say_what_is_clipped(data.training, config.preprocessing)
     depth = depth_of(data.training, config.preprocessing)
     perceptual = build_perceptual(config.loss)
@@ -300,16 +311,6 @@ def set_back(
         raise collapse
     say(f"{collapse}; going back to step {last_good}, with half the weight of the discriminator")
     write_setback(config.out, Setback(step=last_good, failed=failed, reason=str(collapse)))
-
-
-def at_resolution(images: AnySize, config: TrainAEConfig, step: int) -> AnySize:
-    """The batch at one of the sides of --multi-resolution, chosen by (seed, step)."""
-    sides = sorted(config.multi_resolution, reverse=True)
-    if not sides:
-        return images
-    pick = torch.randint(len(sides), (), generator=generator_for(config.seed, RESOLUTION, step))
-    side = sides[0 if step < LARGEST_FIRST else int(pick)]
-    return resize(images, (side, side), config.preprocessing.resize)
 
 
 @torch.no_grad()
