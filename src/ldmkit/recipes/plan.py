@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from ldmkit.assembly import autoencoder_facts, build_autoencoder, build_diffusion, diffusion_config
 from ldmkit.autoencoder.discriminator import PatchDiscriminator
-from ldmkit.configs import EncodeConfig, TrainAEConfig, TrainDiffusionConfig
+from ldmkit.configs import STREAM, TrainAEConfig, TrainDiffusionConfig
 from ldmkit.data.images import read_images, split
-from ldmkit.data.latents import STORED_DTYPES, LatentSet
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.data.latents import STORED_DTYPES
 from ldmkit.data.sources import open_source
+from ldmkit.data_configs import EncodeConfig
+from ldmkit.errors import UsageError
 from ldmkit.fields import Config
 from ldmkit.training.checkpoint import KEEP
 
@@ -27,7 +30,7 @@ def plan(config: Config) -> str:
 
 def plan_train_ae(config: TrainAEConfig) -> list[str]:
     """Open one batch, build the networks without memory, count."""
-    source = open_source(config.data)
+    source = open_source(config)
     training, held_back = split(source.items, config.holdout)
     images = read_images(training[: config.batch_size], config.preprocessing)
     counted = 1.0 - float(images.isnan().float().mean())
@@ -62,21 +65,24 @@ def _effective_kl_weight(config: TrainAEConfig, values: int, latent_values: int)
 
 def plan_encode(config: EncodeConfig) -> list[str]:
     """Count pictures and bytes."""
-    source = open_source(config.data)
+    source = open_source(config)
     facts = autoencoder_facts(config.ae)
     side = (config.size or facts.preprocessing.size) // facts.factor
     shape = (facts.latent_channels, side, side)
-    stored = 2 * len(source.items) * math.prod(shape) * STORED_DTYPES[config.dtype].itemsize
+    count = config.views * len(source.items)
+    stored = 2 * count * math.prod(shape) * STORED_DTYPES[config.dtype].itemsize
     shards = -(-len(source.items) // config.shard_size)
     return [
         f"data: {len(source.items)} pictures, {len(source.class_names)} classes",
-        f"latents: {list(shape)} in {shards} shards",
+        f"latents: {count} of {list(shape)} in {shards} shards",
         f"disk: about {size(stored)} in {config.out}",
     ]
 
 
 def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
     """Open one batch, build the network without memory, count."""
+    if config.latents == STREAM:
+        raise UsageError("--dry-run reads no stream: name a latent set on disk")
     latents = LatentSet(config.latents)
     batch = latents.read(range(min(config.batch_size, len(latents))))
     with torch.device("meta"):

@@ -1,7 +1,9 @@
 """`ldmkit train-diffusion`: latents in, a diffusion model file out."""
 
+from io import BufferedIOBase
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ldmkit.assembly import (
@@ -13,13 +15,19 @@ from ldmkit.assembly import (
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.conditioning.condition import dropped, stacked
-from ldmkit.configs import TrainDiffusionConfig
-from ldmkit.data.latents import LatentSet
-from ldmkit.data.order import generator_for, indices_of_step, is_held_back, seed_for
+from ldmkit.configs import STREAM, TrainDiffusionConfig
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.data.latent_stream import receive_latents
+from ldmkit.data.order import (
+    bucketed_indices_of_step,
+    generator_for,
+    indices_of_step,
+    seed_for,
+)
 from ldmkit.diffusion.denoiser import guided
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.samplers import sample_ddim
-from ldmkit.errors import InterruptedRun
+from ldmkit.errors import InterruptedRun, UsageError
 from ldmkit.facts import DiffusionFacts, Manifest
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
@@ -41,8 +49,12 @@ WEIGHTS, NOISE, GLOBAL, PREVIEW = 2, 3, 4, 5  # places in the seed tree
 PREVIEWS, COLUMNS = 16, 8
 
 
-def train_diffusion(config: TrainDiffusionConfig) -> Path:
+def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None = None) -> Path:
     """Train the paper's diffusion model; the same call again resumes, or returns when it is done.
+
+    Args:
+        config: what to train on what, to where.
+        stream: where the latents come from if `config.latents` is `-`; they are kept in OUT/latents.
 
     Returns:
         The path of the model file (averaged weights), OUT/diffusion.safetensors.
@@ -56,14 +68,14 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
     if finished(config, result):
         return result
     device = pick_device(config.device)
-    latents = LatentSet(config.latents)
+    latents = LatentSet(latents_of(config, stream))
     manifest = latents.manifest
-    training = [
-        i for i, key in enumerate(latents.texts("key")) if not is_held_back(key, config.holdout)
-    ]
+    buckets = training_buckets(latents, config.holdout)
     model_config = diffusion_config(config, latents)
     told = f"{model_config.classes} classes" if model_config.classes else "no condition"
-    say(f"{len(training)} latents of {manifest.latent_shape} from {config.latents}, {told}")
+    count = sum(len(indices) for indices in buckets)
+    shapes = ", ".join(str(shape) for shape in latents.shapes)
+    say(f"{count} latents of {shapes} from {config.latents}, {told}")
     autoencoder = None
     if config.ae is not None:
         require_same_autoencoder(manifest.recipe["autoencoder"], config.ae, str(config.latents))
@@ -96,6 +108,7 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
                 pixels = preview(average, autoencoder, manifest, config)
                 log.picture(step, "samples", grid(pixels, COLUMNS))
             if saving:
+                latents.wait_until_verified()  # nothing learnt from damaged latents is kept
                 log.flush()
                 state.save(step)
             if step == config.steps:
@@ -106,12 +119,9 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
             torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
             generator = generator_for(config.seed, NOISE, step)
             noise = noise_from(generator)
-            places = indices_of_step(
-                step, count=len(training), batch_size=config.batch_size, seed=config.seed
-            )
-            batch = latents.read([training[index] for index, _ in places])
-            raw = batch.mean + batch.std * noise(batch.mean)
-            clean = model.whiten(raw.to(device))
+            batch = latents.read(samples_of_step(step, buckets, config))
+            mean, std = batch.mean.to(device).float(), batch.std.to(device).float()
+            clean = model.whiten(mean + std * noise(mean))
             sigma = model.schedule.draw(len(clean), generator).to(device)
             drop = torch.rand(len(clean), generator=generator) < config.condition_dropout
             with autocast():
@@ -134,7 +144,7 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
         whitening=manifest.whitening,
         class_names=manifest.class_names if model_config.classes else (),
         trained={
-            "latents": len(training),
+            "latents": count,
             "steps": config.steps,
             "seen": config.steps * config.batch_size,
             "ema_decay": config.ema_decay,
@@ -144,6 +154,45 @@ def train_diffusion(config: TrainDiffusionConfig) -> Path:
     )
     save_diffusion(result, average, facts)
     return result
+
+
+def latents_of(config: TrainDiffusionConfig, stream: BufferedIOBase | None) -> Path:
+    """The directory of the latents to train on.
+
+    Raises:
+        UsageError: they are to come through a pipe, and there is none; or OUT holds another run.
+    """
+    if config.latents != STREAM:
+        return config.latents
+    if stream is None:
+        raise UsageError("latents is `-`, and no stream was given to read from")
+    open_run(config)
+    return receive_latents(stream, config.out / "latents")
+
+
+def training_buckets(latents: LatentSet, holdout: float) -> list[np.ndarray]:
+    """The samples to train on, apart by the shape of their latents.
+
+    Raises:
+        DataError: there are none.
+    """
+    training = latents.training_indices(holdout)
+    if len(latents.shapes) == 1:
+        return [training]
+    buckets = [np.intersect1d(training, indices) for indices in latents.shapes.values()]
+    return [indices for indices in buckets if len(indices)]
+
+
+def samples_of_step(
+    step: int, buckets: list[np.ndarray], config: TrainDiffusionConfig
+) -> np.ndarray:
+    """Indices of the samples of a step, all of one shape."""
+    counts, size, seed = [len(indices) for indices in buckets], config.batch_size, config.seed
+    if len(buckets) == 1:
+        bucket, places = 0, indices_of_step(step, count=counts[0], batch_size=size, seed=seed)
+    else:
+        bucket, places = bucketed_indices_of_step(step, counts=counts, batch_size=size, seed=seed)
+    return buckets[bucket][[index for index, _ in places]]
 
 
 @torch.no_grad()
