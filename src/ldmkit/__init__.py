@@ -1,9 +1,9 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
 Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
-`sample`, `decode`, `inspect`, `presets`, `import_`, `export`; each takes its config. `load_autoencoder`
-and `load_diffusion` give modules. All of it is imported on first use, so that `import ldmkit` costs
-nothing.
+`sample`, `decode`, `inspect`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
+`load_autoencoder` and `load_diffusion` give modules. All of it is imported on first use, so that
+`import ldmkit` costs nothing.
 """
 
 from importlib import import_module
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ldmkit.assembly import load_autoencoder, load_diffusion
     from ldmkit.configs import (
         DecodeConfig,
-        EncodeConfig,
         EvalAEConfig,
         ExportConfig,
         ImportConfig,
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
         TrainAEConfig,
         TrainDiffusionConfig,
     )
+    from ldmkit.data_configs import CheckConfig, EncodeConfig, SplitConfig
+    from ldmkit.recipes.check import check
     from ldmkit.recipes.decode import decode
     from ldmkit.recipes.encode import encode
     from ldmkit.recipes.eval_ae import eval_ae
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
     from ldmkit.recipes.inspect import inspect
     from ldmkit.recipes.presets import presets
     from ldmkit.recipes.sample import sample
+    from ldmkit.recipes.split import split
     from ldmkit.recipes.train_ae import train_ae
     from ldmkit.recipes.train_diffusion import train_diffusion
 
 __all__ = [
+    "CheckConfig",
     "DecodeConfig",
     "EncodeConfig",
     "EvalAEConfig",
@@ -45,9 +48,11 @@ __all__ = [
     "InspectConfig",
     "PresetsConfig",
     "SampleConfig",
+    "SplitConfig",
     "TrainAEConfig",
     "TrainDiffusionConfig",
     "__version__",
+    "check",
     "decode",
     "encode",
     "eval_ae",
@@ -58,15 +63,19 @@ __all__ = [
     "load_diffusion",
     "presets",
     "sample",
+    "split",
     "train_ae",
     "train_diffusion",
 ]
 
 
+DATA_CONFIGS = ("CheckConfig", "EncodeConfig", "SplitConfig")
+
+
 def _home(name: str) -> str:
     """The module that defines a public name."""
     if name.endswith("Config"):
-        return "ldmkit.configs"
+        return "ldmkit.data_configs" if name in DATA_CONFIGS else "ldmkit.configs"
     return "ldmkit.assembly" if name.startswith("load_") else f"ldmkit.recipes.{name}"
 
 

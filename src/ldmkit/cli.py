@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 import ldmkit
-from ldmkit import configs, terminal
+from ldmkit import configs, data_configs, terminal
 from ldmkit.configfile import to_toml
 from ldmkit.errors import (
     DataError,
@@ -34,9 +34,11 @@ from ldmkit.options import command_function
 
 BROKEN_PIPE, CTRL_C = 141, 130
 COMMANDS: dict[str, type[configs.Config]] = {
+    "check": data_configs.CheckConfig,
+    "split": data_configs.SplitConfig,
     "train-ae": configs.TrainAEConfig,
     "eval-ae": configs.EvalAEConfig,
-    "encode": configs.EncodeConfig,
+    "encode": data_configs.EncodeConfig,
     "train-diffusion": configs.TrainDiffusionConfig,
     "sample": configs.SampleConfig,
     "decode": configs.DecodeConfig,
@@ -46,6 +48,8 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "export": configs.ExportConfig,
 }
 """Command -> its config; the function of the same name in `ldmkit` does the work."""
+INPUTS = {"decode": "samples", "train-diffusion": "latents"}
+"""Commands that can read standard input -> the field that says so; `inspect` can too."""
 SWITCHES: dict[str, Any] = {
     "quiet": typer.Option("--quiet", "-q", help="Say nothing but errors"),
     "debug": typer.Option("--debug", help="Show the traceback of an error"),
@@ -55,6 +59,8 @@ DRY_RUN: dict[str, Any] = {
 }
 JSON: dict[str, Any] = {"as_json": typer.Option("--json", help="Print one JSON document")}
 EXTRA_SWITCHES: dict[str, dict[str, Any]] = {
+    "check": JSON,
+    "split": JSON,
     "train-ae": DRY_RUN,
     "encode": DRY_RUN,
     "train-diffusion": DRY_RUN,
@@ -138,10 +144,12 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
     if name == "inspect":
         with _stdin_for(config.path) as stream:
             return _printed(name, work(config, stream), as_json)
-    if name == "presets":
+    if name in ("presets", "split"):
         return _printed(name, work(config), as_json)
-    if name == "decode":
-        with _stdin_for(config.samples) as stream:
+    if name == "check":
+        return _checked(work(config), output, as_json)
+    if name in INPUTS:
+        with _stdin_for(getattr(config, INPUTS[name])) as stream:
             return f"{work(config, stream)}\n"
     if name in ("encode", "sample"):
         path = work(config, _stdout_for(config.out, output, name))
@@ -156,6 +164,18 @@ def _printed(name: str, report: dict[str, Any], as_json: bool) -> str:
     """A report as its recipe words it for people, or as JSON."""
     as_text = import_module(f"ldmkit.recipes.{name}").as_text
     return (json.dumps(report, ensure_ascii=False) if as_json else as_text(report)) + "\n"
+
+
+def _checked(report: dict[str, Any], output: BufferedIOBase, as_json: bool) -> str:
+    """Print the report; errors in the data end the command as any bad data does, but after it."""
+    from ldmkit.recipes.check import complaint
+
+    output.write(_printed("check", report, as_json).encode())
+    output.flush()
+    sentence = complaint(report)
+    if sentence is not None:
+        raise DataError(sentence)
+    return ""
 
 
 def _stdout_for(out: Path, output: BufferedIOBase, name: str) -> BufferedIOBase | None:

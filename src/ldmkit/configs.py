@@ -17,6 +17,7 @@ from ldmkit.autoencoder_configs import (
     DiscriminatorConfig,
     PreprocessingConfig,
 )
+from ldmkit.data_configs import SCRATCH, TILE, TILING, SourceConfig
 from ldmkit.diffusion_configs import ParameterizationName, ScheduleConfig, UNetConfig
 from ldmkit.fields import Config, Count, Fraction, Positive, Weight, argument, field
 
@@ -59,10 +60,9 @@ class TrainingConfig(Config):
         return self.cooldown > 0
 
 
-class TrainAEConfig(TrainingConfig):
+class TrainAEConfig(TrainingConfig, SourceConfig):
     """Train an autoencoder on pictures; writes OUT/autoencoder.safetensors."""
 
-    data: Path = argument("Folder of pictures (class subfolders allowed), or webdataset tar(s)")
     out: Path = field(
         Path("runs/ae"), "Run directory: config, log, previews, checkpoints, model file"
     )
@@ -82,6 +82,14 @@ class TrainAEConfig(TrainingConfig):
     init: Path | None = field(
         None, "Autoencoder file whose weights to begin with, as far as names and shapes agree"
     )
+    look_first: bool = field(
+        True,
+        "Read every picture once before the first step, so that what cannot be used is named then"
+        " (the answer is kept in OUT/pictures.json); without, a bad picture stops the run when met",
+    )
+    max_bad: Fraction = field(
+        0.0, "Share of unreadable pictures that may be left out, found by --look-first"
+    )
     decoder_only: bool = field(
         False, "Train the decoder alone: the latents stay those of --init, and their models usable"
     )
@@ -89,6 +97,11 @@ class TrainAEConfig(TrainingConfig):
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
     disc: DiscriminatorConfig = DiscriminatorConfig()
+
+    FREE_TO_CHANGE: ClassVar[Sequence[str]] = (
+        *TrainingConfig.FREE_TO_CHANGE,
+        *("cache", "cache_size", "look_first"),
+    )
 
     @property
     def disc_start(self) -> int:
@@ -127,40 +140,9 @@ class TrainAEConfig(TrainingConfig):
         return self
 
 
-TILE = (
-    "Side of the tiles that large pictures are computed in, pixels, one picture at a time; 0 = off"
-)
-TILING = (
-    "exact = as without tiles, all feature maps of the picture in main memory; "
-    "independent = in the memory of a tile, but norms and attention see only theirs: approximate"
-)
-SCRATCH = "Directory for the feature maps of exact tiles, where main memory is too small"
-
-
-class EncodeConfig(Config):
-    """Turn pictures into a set of latents, once; writes OUT/*.safetensors and OUT/manifest.json."""
-
-    data: Path = argument("Folder of pictures (class subfolders allowed), or webdataset tar(s)")
-    ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")
-    out: Path = field(Path("runs/latents"), "Directory of the latent set; - streams it", short="-o")
-    size: Positive | None = field(None, "Picture size, pixels (default: what the autoencoder saw)")
-    shard_size: Positive = field(1024, "Pictures for each shard file")
-    batch_size: Positive = field(32, "Pictures encoded at once")
-    dtype: Literal["float16", "float32"] = field("float16", "Number format of the stored latents")
-    max_bad: Fraction = field(
-        0.0, "Share of unreadable pictures that may be left out (they are listed in the manifest)"
-    )
-    tile: Count = field(0, TILE)
-    tiling: Literal["exact", "independent"] = field("exact", TILING)
-    scratch: Path | None = field(None, SCRATCH)
-    device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
-    force: bool = field(False, "Replace a latent set that was made differently")
-
-
-class EvalAEConfig(Config):
+class EvalAEConfig(SourceConfig):
     """Measure an autoencoder before the second stage; writes OUT/report.json, pictures and plots."""
 
-    data: Path = argument("Folder of pictures (class subfolders allowed), or webdataset tar(s)")
     ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")
     out: Path = field(Path("runs/eval-ae"), "Directory of the report", short="-o")
     size: Positive | None = field(None, "Picture size, pixels (default: what the autoencoder saw)")
@@ -214,7 +196,9 @@ class EvalAEConfig(Config):
 class TrainDiffusionConfig(TrainingConfig):
     """Train a diffusion model on a set of latents; writes OUT/diffusion.safetensors."""
 
-    latents: Path = argument("Latent set that `ldmkit encode` made")
+    latents: Path = argument(
+        "Latent set that `ldmkit encode` made; - reads one from standard input, kept in OUT/latents"
+    )
     out: Path = field(
         Path("runs/ldm"), "Run directory: config, log, previews, checkpoints, model file"
     )
@@ -273,7 +257,7 @@ class DecodeConfig(Config):
     out: Path = field(Path("samples"), "Directory for the pictures", short="-o")
     format: Literal["auto", "png", "png16", "npy"] = field(
         "auto",
-        "8-bit PNG (grey or RGB), 16-bit PNG (grey), or float32 NumPy files in the units of the training"
+        "8-bit PNG (grey or RGB), 16-bit PNG (grey or RGB), or float32 NumPy files in the units of the training"
         " pictures; auto = what loses nothing of their depth, range and channels",
     )
     batch_size: Positive = field(
