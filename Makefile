@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint types layers docs format setup setup-dev clean
+.PHONY: help demo test test-slow test-weights check lint types layers docs format setup setup-dev clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,13 +12,16 @@ help: ## Show this list
 demo: setup ## Pictures to new pictures on the data in the box: about 12 minutes on 2 CPU cores
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
-test: setup-dev ## Run the tests
-	$(BIN)/pytest
+test: setup-dev ## Run the tests, on all cores
+	$(BIN)/pytest -n auto
 
 test-slow: setup-dev ## Run the tests that take minutes
 	$(BIN)/pytest -m slow
 
 check: setup-dev lint types layers test ## All that CI runs: lint, types, import contracts, tests, docs
+
+test-weights: setup-dev ## Run the tests on published weights: LDMKIT_TEST_WEIGHTS=directory make test-weights
+	$(BIN)/pytest -m weights
 
 lint: setup-dev ## Format and style
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,15 @@ import ldmkit
 from ldmkit import terminal
 from ldmkit.autoencoder_configs import AutoencoderConfig, DiscriminatorConfig, PreprocessingConfig
 from ldmkit.cli import app
-from ldmkit.configs import EncodeConfig, TrainAEConfig, TrainDiffusionConfig
+from ldmkit.configs import TrainAEConfig, TrainDiffusionConfig
+from ldmkit.data_configs import EncodeConfig
 from ldmkit.diffusion_configs import UNetConfig
 from ldmkit.torchvision_import import import_torchvision
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+torch.set_num_threads(
+    1
+)  # for networks this small more cost time, on a busy machine many times over
 
 settings.register_profile("ldmkit", deadline=None, derandomize=True)  # a busy machine is no failure
 settings.load_profile("ldmkit")
@@ -104,7 +111,9 @@ class Pipeline:
         self.data = data
         self.ae = ldmkit.train_ae(ae_config(data, root / "ae"))
         latents = ldmkit.encode(
-            EncodeConfig(data=data, ae=self.ae, out=root / "latents", shard_size=5, batch_size=4)
+            EncodeConfig(
+                data=str(data), ae=self.ae, out=root / "latents", shard_size=5, batch_size=4
+            )
         )
         assert latents is not None
         self.latents = latents
@@ -153,6 +162,25 @@ def run(capfdbinary, tmp_path_factory):
         return Done(code, *capfdbinary.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def published_weights() -> Callable[[str], list[Path]]:
+    """Finds files of published weights, for tests marked `weights`: a missing one is a failure."""
+    variable = "LDMKIT_TEST_WEIGHTS"
+    root = Path(os.environ.get(variable) or "nowhere: it is not set")
+
+    def find(pattern: str) -> list[Path]:
+        files = sorted(root.rglob(pattern))
+        if not files:
+            pytest.fail(
+                f"no {pattern} in the directory that {variable} names ({root}): "
+                "CONTRIBUTING.md says which files it must hold",
+                pytrace=False,
+            )
+        return files
+
+    return find
 
 
 @pytest.fixture

@@ -179,6 +179,7 @@ def test_a_discriminator_that_is_never_wrong_is_a_collapse(pictures, tmp_path, m
         ldmkit.train_ae(config)
 
 
+@pytest.mark.slow
 def test_an_adversary_of_absurd_weight_is_caught(pictures, tmp_path):
     """No planted number: a run that really breaks."""
     disc = SAFE | {"weight": 1e6, "max_adaptive": 1e12, "jump": 1.15, "start": "80"}

@@ -116,7 +116,7 @@ def test_one_batch_overfits(generator):
     images = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
-    for _ in range(150):
+    for _ in range(80):
         loss = (model.decode(model.encode(images).mean) - images).abs().mean()
         optimizer.zero_grad()
         loss.backward()

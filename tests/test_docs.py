@@ -2,10 +2,13 @@
 
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from string import Template
 
 import pytest
 
@@ -40,7 +43,8 @@ def test_relative_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_commands_of_the_readme_run(pictures, tmp_path):
+@pytest.fixture
+def readme_script(pictures, tmp_path):
     """The pipeline of the README as printed, on twelve pictures and with fewer, smaller steps."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     script = next(block for block in blocks if "ldmkit train-ae photos/" in block)
@@ -53,12 +57,36 @@ def test_the_commands_of_the_readme_run(pictures, tmp_path):
     for command, options in small.items():
         script = re.sub(rf"(ldmkit {command} [^|)\n]*)", rf"\1 {options} ", script)
     shutil.copytree(pictures, tmp_path / "photos")
+    return script
+
+
+def test_the_commands_of_the_readme_run(readme_script, tmp_path, monkeypatch, run):
+    """Line by line in this process: variables and pipes as the shell has them."""
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, str] = {}
+    for line in readme_script.splitlines():
+        assigned = re.fullmatch(r"(\w+)=\$\((.*)\)", line)
+        data = b""
+        for command in (assigned[2] if assigned else line).split(" | "):
+            program, *arguments = shlex.split(Template(command).substitute(variables))
+            assert program == "ldmkit", line
+            done = run(*arguments, stdin=data)
+            assert done.returncode == 0, done.stderr.decode()
+            data = done.stdout
+        if assigned:
+            variables[assigned[1]] = data.decode().rstrip("\n")
+    assert set(variables) == {"ae", "latents", "ldm"}
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 65
+
+
+@pytest.mark.slow
+def test_a_shell_runs_the_commands_of_the_readme(readme_script, tmp_path):
     binary = tmp_path / "bin" / "ldmkit"
     binary.parent.mkdir()
     binary.write_text(f'#!/bin/sh\nexec {sys.executable} -m ldmkit "$@"\n')
     binary.chmod(0o755)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
+        ["bash", "-euo", "pipefail", "-c", readme_script],
         cwd=tmp_path,
         env=os.environ | {"PATH": f"{binary.parent}:{os.environ['PATH']}"},
         capture_output=True,
@@ -70,15 +98,11 @@ def test_the_commands_of_the_readme_run(pictures, tmp_path):
     assert len(list((tmp_path / "samples").glob("*.png"))) == 65
 
 
-def test_the_library_example_runs(pictures, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples/library_use.py", pictures, tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "image of (1, 3, 32, 32)" in done.stdout
+def test_the_library_example_runs(pictures, tmp_path, monkeypatch, capsys):
+    script = ROOT / "examples/library_use.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(pictures), str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "image of (1, 3, 32, 32)" in capsys.readouterr().out
 
 
 def test_every_make_target_is_explained():

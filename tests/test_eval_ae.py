@@ -1,7 +1,6 @@
 """The command `eval-ae`, and that its metrics rank what is better above what is worse."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -21,8 +20,9 @@ from ldmkit.autoencoder_configs import AutoencoderConfig, CodebookConfig, Prepro
 from ldmkit.configs import EvalAEConfig
 from ldmkit.data.images import read_images
 from ldmkit.data.sources import open_source
+from ldmkit.data_configs import SourceConfig
 from ldmkit.errors import DataError, QualityError
-from ldmkit.metrics.comparison import HIGHER_IS_BETTER, Comparison
+from ldmkit.metrics.comparison import Comparison
 from ldmkit.metrics.sheets import error_map_sheet, pairs_sheet, prior_sheet
 from ldmkit.metrics.st_lpips import alex_network, load_st_lpips
 from ldmkit.networks.efficientnet import EfficientNetLite0, load_efficientnet_lite0
@@ -31,15 +31,15 @@ from ldmkit.torchvision_import import import_torchvision
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/data/emoji-64-00002.tar"
-WEIGHTS = Path(os.environ.get("LDMKIT_TEST_WEIGHTS", "absent"))
 PICTURES = 64
+HIGHER_IS_BETTER = frozenset(("psnr", "ssim"))
 ST_ALEX_WIDTHS = (64, 192, 384, 256, 256)
 
 
 @pytest.fixture(scope="module")
 def emoji():
     """Real pictures of 64 pixels, spread over one file of the data in the box."""
-    items = open_source(EXAMPLES).items
+    items = open_source(SourceConfig(data=str(EXAMPLES))).items
     return read_images(items[:: len(items) // PICTURES][:PICTURES], PreprocessingConfig(size=64))
 
 
@@ -107,7 +107,7 @@ def assert_ranked(found):
 
 
 def test_every_metric_ranks_itself_good_blurred_noised(emoji):
-    found = measured(emoji, {"vgg16": box_distance()}, {})
+    found = measured(emoji[::4], {"vgg16": box_distance()}, {})
     assert set(found) == {"psnr", "ssim", "vgg16"}
     assert_ranked(found)
     assert found["psnr"][0] == 100
@@ -131,12 +131,12 @@ def test_frechet_distances_rank_by_any_network(emoji):
     assert edges[0] < edges[1] < edges[3]
 
 
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs published weights (LDMKIT_TEST_WEIGHTS)")
-def test_every_metric_with_published_weights_ranks(emoji, capsys):
-    files = sorted(WEIGHTS.rglob("*_shift_tolerant.pth"))
-    parts = [load_st_lpips(file) for file in files]
+@pytest.mark.weights
+def test_every_metric_with_published_weights_ranks(emoji, published_weights, capsys):
+    networks = ("alex", "vgg")
+    parts = [load_st_lpips(published_weights(f"{name}_shift_tolerant.pth")[0]) for name in networks]
     distances = {part.name: PerceptualDistance(*part) for part in parts}
-    effnet = load_efficientnet_lite0(next(WEIGHTS.rglob("efficientnet-lite0-*.pth")))
+    effnet = load_efficientnet_lite0(published_weights("efficientnet-lite0-*.pth")[0])
     found = measured(emoji, distances, {"rfd_effnet": effnet.pooled})
     with capsys.disabled():
         for name, values in found.items():
@@ -243,7 +243,7 @@ def test_one_picture_is_enough(pipeline, tmp_path):
 def test_holdout_looks_at_the_pictures_that_training_left_out(pipeline, tmp_path):
     from ldmkit.data.images import split
 
-    held_back = split(open_source(pipeline.data).items, 0.5).held_back
+    held_back = split(open_source(SourceConfig(data=pipeline.data)).items, 0.5).held_back
     report = report_of(evaluate(pipeline, tmp_path, holdout=0.5))
     assert report["pictures"] == len(held_back)
     assert {*report["worst"], *report["best"]} <= {item.key for item in held_back}

@@ -22,8 +22,8 @@ from ldmkit.assembly import autoencoder_facts, build_autoencoder, load_autoencod
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.posterior import GaussianPosterior
 from ldmkit.autoencoder_configs import AutoencoderConfig, CodebookConfig, PreprocessingConfig
-from ldmkit.configs import EncodeConfig
 from ldmkit.container import read_header
+from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import DataError, UsageError
 from ldmkit.interop.bottleneck import squared
 from ldmkit.interop.diffusers_layout import DIFFUSERS, config_page, to_diffusers

@@ -1,9 +1,7 @@
 """Closed forms and parity of the metrics; the networks with random weights."""
 
 import math
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -386,15 +384,12 @@ def test_inception_takes_weights_from_a_file(tmp_path, monkeypatch):
     assert features(images[:, :1]).shape == (2, 2048)
 
 
-WEIGHTS = Path(os.environ.get("LDMKIT_TEST_WEIGHTS", "absent"))
-
-
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs published weights (LDMKIT_TEST_WEIGHTS)")
-def test_efficientnet_knows_a_cat():
+@pytest.mark.weights
+def test_efficientnet_knows_a_cat(published_weights):
     """The published network and its input convention: the cat of scikit-image is a tabby or Egyptian."""
     from skimage import data
 
-    model = load_efficientnet_lite0(next(WEIGHTS.rglob("efficientnet-lite0-*.pth")))
+    model = load_efficientnet_lite0(published_weights("efficientnet-lite0-*.pth")[0])
     cat = torch.from_numpy(np.array(data.chelsea()))[:, 75:375].permute(2, 0, 1)[None]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,6 +11,7 @@ from ldmkit.autoencoder.perceptual import box_distance, build_perceptual
 from ldmkit.autoencoder_configs import AutoencoderLossConfig, PreprocessingConfig
 from ldmkit.data.images import read_images
 from ldmkit.data.sources import open_source
+from ldmkit.data_configs import SourceConfig
 from ldmkit.errors import DataError
 from ldmkit.networks.efficientnet import EfficientNetLite0
 from ldmkit.torchvision_import import import_torchvision
@@ -117,20 +118,20 @@ def test_lpips_equals_the_package_on_the_same_weights(name, net, tmp_path):
     import torchvision
 
     torch.manual_seed(0)
-    backbone = torchvision.models.get_model(net, weights=None)
+    with torch.device("meta"):  # the classifier's hundred million weights are never asked for
+        whole = torchvision.models.get_model(net, weights=None)
+    backbone = whole.get_submodule("features").to_empty(device="cpu")
+    for layer in backbone.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.reset_parameters()
+    state = {f"features.{key}": value for key, value in backbone.state_dict().items()}
     file = tmp_path / "backbone.safetensors"
-    safetensors.torch.save_file(
-        {key: value for key, value in backbone.state_dict().items() if key.startswith("features.")},
-        file,
-    )
+    safetensors.torch.save_file(state, file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reference = lpips.LPIPS(net=name, pnet_rand=True, verbose=False)
     reference.net.load_state_dict(
-        {
-            key: backbone.state_dict()["features." + key.split(".", 1)[1]]
-            for key in reference.net.state_dict()
-        }
+        {key: state["features." + key.split(".", 1)[1]] for key in reference.net.state_dict()}
     )
     config = AutoencoderLossConfig.model_validate(
         {"perceptual": f"lpips-{name}", "perceptual_weights": file}
@@ -144,7 +145,7 @@ def test_lpips_equals_the_package_on_the_same_weights(name, net, tmp_path):
 
 
 def test_bfloat16_changes_the_boxs_distance_by_less_than_one_percent(box):
-    items = open_source(EXAMPLES).items[::64]
+    items = open_source(SourceConfig(data=str(EXAMPLES))).items[::64]
     pictures = read_images(items, PreprocessingConfig(size=64))
     made = blurred(pictures, 0.7)
     exact = box(pictures, made)

@@ -16,6 +16,7 @@ from ldmkit.assembly import autoencoder_facts, load_autoencoder
 from ldmkit.autoencoder.training_step import batch_of, divided
 from ldmkit.autoencoder_configs import (
     AutoencoderConfig,
+    AutoencoderLossConfig,
     CodebookConfig,
     DiscriminatorConfig,
     PreprocessingConfig,
@@ -160,6 +161,7 @@ def test_resolutions_change_from_step_to_step_the_largest_first(pictures, tmp_pa
 
     monkeypatch.setattr(recipe, "batch_of", noted)
     changes = {"multi_resolution": (24, 32, 40), "steps": 30, "disc": ALONE, "sample_every": 100}
+    changes["loss"] = AutoencoderLossConfig(perceptual="none")
     network = AutoencoderConfig(channels=8, multipliers=(1, 2), residual_blocks=1, norm_groups=2)
     ldmkit.train_ae(ae_config(pictures, tmp_path / "run", autoencoder=network, **changes))
     assert seen[:10] == [40] * 10

@@ -197,7 +197,7 @@ def test_one_batch_overfits(generator):
     sigma = torch.tensor([0.3, 1.0, 3.0, 10.0])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
-    for _ in range(200):
+    for _ in range(100):
         noisy = clean + sigma.view(-1, 1, 1, 1) * noise
         found = model.denoise(noisy, sigma, model.condition(torch.tensor([0, 1, 0, -1])))
         loss = ((found - clean) / sigma.view(-1, 1, 1, 1)).square().mean()
