@@ -15,6 +15,7 @@ import ldmkit
 from ldmkit.assembly import autoencoder_facts
 from ldmkit.data.images import read_images, split
 from ldmkit.data.sources import open_source
+from ldmkit.data_configs import SourceConfig
 from ldmkit.pixels import to_pixels
 
 COLUMNS, ENLARGE, MARGIN = 8, 2, 150
@@ -23,7 +24,9 @@ COLUMNS, ENLARGE, MARGIN = 8, 2, 150
 def main(data: Path, autoencoder: Path, samples: Path, out: Path) -> None:
     """Compose the sheet and print its path."""
     facts = autoencoder_facts(autoencoder)
-    held_back = split(open_source(data).items, facts.trained["holdout"]).held_back
+    held_back = split(
+        open_source(SourceConfig(data=str(data))).items, facts.trained["holdout"]
+    ).held_back
     images = read_images(held_back[:COLUMNS], facts.preprocessing)
     model = ldmkit.load_autoencoder(autoencoder)
     with torch.inference_mode():

@@ -19,7 +19,7 @@ def main(data: Path, out: Path) -> None:
     """Train both stages for a moment, then use the models by hand."""
     autoencoder_file = ldmkit.train_ae(
         ldmkit.TrainAEConfig(
-            data=data,
+            data=str(data),
             out=out / "ae",
             steps=STEPS,
             batch_size=4,
@@ -31,7 +31,7 @@ def main(data: Path, out: Path) -> None:
         )
     )
     latents = ldmkit.encode(
-        ldmkit.EncodeConfig(data=data, ae=autoencoder_file, out=out / "latents")
+        ldmkit.EncodeConfig(data=str(data), ae=autoencoder_file, out=out / "latents")
     )
     assert latents is not None  # None only when the latents are streamed
     diffusion_file = ldmkit.train_diffusion(
