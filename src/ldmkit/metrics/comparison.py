@@ -12,7 +12,6 @@ from ldmkit.metrics.reconstruction import psnr, ssim
 from ldmkit.tensors import Images
 
 PairDistance = Callable[[Images, Images], Float[Tensor, " batch"]]
-HIGHER_IS_BETTER = frozenset(("psnr", "ssim"))
 
 
 class Spread(NamedTuple):

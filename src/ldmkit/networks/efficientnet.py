@@ -17,7 +17,6 @@ from ldmkit.tensors import Images
 from ldmkit.torchvision_import import import_torchvision
 from ldmkit.unpickling import read_tensors
 
-POOLED = 1280
 INPUT_SIZE = 224
 MIN_SIZE = 32
 OUTER_LAYERS = {
