@@ -151,17 +151,26 @@ def too_large(name: str, count: str) -> DataError:
     return DataError(f"{name} has {count} pixels; at most {MAX_PIXELS:,} are read")
 
 
+def read_npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns come first, and number format; leaves the file where the numbers begin.
+
+    Raises:
+        ValueError: it is no NumPy file; a damaged one may raise others (`NPY_DAMAGE`).
+    """
+    version = np.lib.format.read_magic(file)
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    return read(file)
+
+
 def _npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and number format; that as many bytes follow is checked."""
     file = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(file)
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read_header(file)
+        shape, _, dtype = read_npy_header(file)
     except NPY_DAMAGE as error:
         raise DataError(f"{name} is a damaged NumPy file ({error})") from error
     if dtype.hasobject:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldmkit.data.arrays import require_size
+from ldmkit.data.arrays import read_npy_header, require_size
 from ldmkit.data.formats.sidecars import suffix_of
 from ldmkit.data.formats.slices import (
     HELD_BYTES,
@@ -192,13 +192,7 @@ def _described(file: Listed, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
 
 
 def _npy_header(member: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, fortran, dtype = read(member)
+    shape, fortran, dtype = read_npy_header(member)
     if any(side < 0 for side in shape):
         raise DataError("an axis is negative")
     return shape, fortran, dtype
