@@ -3,11 +3,15 @@
 Imports no torch.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ldmkit.fields import Config, Count, Fraction, Positive, field
+
+
+def _listed(depth: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
+    return (depth,) if isinstance(depth, int) else depth
 
 
 class UNetConfig(Config):
@@ -19,21 +23,84 @@ class UNetConfig(Config):
     attention_factors: tuple[Positive, ...] = field(
         (8, 4, 2), "Down-sampling factors of the latents whose levels have attention"
     )
+    middle_attention: bool = field(True, "Attention between the two ways, at the coarsest level")
+    heads: Positive | None = field(
+        None, "Attention heads of every level (default: --unet.head-channels decides)"
+    )
     head_channels: Positive | None = field(None, "Width of an attention head (default: one head)")
-    transformer_depth: Positive = field(1, "Blocks of each spatial transformer")
+    qk_norm: bool = field(
+        False, "RMS norms on queries and keys, which keep large learning rates and bfloat16 stable"
+    )
+    transformer_depth: Annotated[tuple[Positive, ...], BeforeValidator(_listed)] = field(
+        (1,), "Blocks of each spatial transformer: one number for all levels, or one for each level"
+    )
+    context_channels: Positive = field(512, "Width of the tokens that are attended to")
+    norm: Literal["group", "rms"] = field(
+        "group",
+        "Normalisation: group, over groups of channels and all pixels (the paper); rms, by pixel",
+    )
     norm_groups: Positive = field(
         32, "Groups of the group normalisations, or the largest number below that divides"
     )
-    context_channels: Positive = field(512, "Width of the tokens that are attended to")
+    scale_shift: bool = field(
+        False, "The time scales and shifts normalised activations instead of being added to them"
+    )
+    residual_updown: bool = field(
+        False, "Residual blocks that halve and double, instead of a convolution each"
+    )
+    self_conditioning: bool = field(
+        False, "The network sees its own earlier estimate, as further channels"
+    )
     dropout: Fraction = field(0.0, "Dropout probability in the residual blocks")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Down-sampling factor of each level, finest first."""
+        return tuple(2**level for level in range(len(self.multipliers)))
+
+    def heads_of(self, width: int) -> int:
+        """Attention heads of a level of so many channels."""
+        return self.heads or width // (self.head_channels or width)
+
+    def depth_of(self, level: int) -> int:
+        """Blocks of the spatial transformers of a level (0 = finest); the middle has the last's."""
+        return self.transformer_depth[level if len(self.transformer_depth) > 1 else 0]
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "UNetConfig":
-        for width in (self.channels * multiplier for multiplier in self.multipliers):
+        if self.heads and self.head_channels:
+            raise ValueError(
+                f"--unet.heads {self.heads} and --unet.head-channels {self.head_channels}: give one"
+            )
+        for width in self.widths:
             if self.head_channels and width % self.head_channels:
                 raise ValueError(
                     f"attention heads of {self.head_channels} channels do not divide a level of {width}"
                 )
+            if self.heads and width % self.heads:
+                raise ValueError(f"{self.heads} attention heads do not divide a level of {width}")
+        return self
+
+    @model_validator(mode="after")
+    def _levels_exist(self) -> "UNetConfig":
+        if not self.multipliers:
+            raise ValueError("--unet.multipliers is empty: a U-Net has one level or more")
+        if missing := sorted(set(self.attention_factors) - set(self.factors)):
+            raise ValueError(
+                f"--unet.attention-factors {missing[0]}: no level has that factor; the "
+                f"{len(self.factors)} levels have {', '.join(map(str, self.factors))} (factors of the "
+                "latents, not sides in pixels)"
+            )
+        if len(self.transformer_depth) not in (1, len(self.multipliers)):
+            raise ValueError(
+                f"--unet.transformer-depth has {len(self.transformer_depth)} numbers for "
+                f"{len(self.multipliers)} levels: give one for all, or one for each"
+            )
         return self
 
 

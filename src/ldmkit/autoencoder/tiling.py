@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.networks import Decoder, Downsample, Encoder
 from ldmkit.errors import DataError, UsageError
-from ldmkit.networks.blocks import FeatureMap, ResidualBlock, SpatialAttention, Upsample
+from ldmkit.networks.blocks import (
+    FeatureMap,
+    PixelRMSNorm,
+    ResidualBlock,
+    SpatialAttention,
+    Upsample,
+)
 
 Network = Encoder | Decoder
 Layer = Callable[[FeatureMap], FeatureMap]
@@ -152,14 +158,16 @@ def _residual(block: ResidualBlock, x: Tensor, side: int, place: Place) -> Tenso
 
 
 def _normalised(
-    norm: nn.GroupNorm,
+    norm: nn.GroupNorm | PixelRMSNorm,
     conv: nn.Conv2d,
     x: Tensor,
     side: int,
     place: Place,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """Norm, SiLU, convolution; the norm as one scale and shift for each channel of the map."""
+    """Norm, SiLU, convolution; a group norm as one scale and shift for each channel of the map."""
+    if isinstance(norm, PixelRMSNorm):  # sees one pixel at a time, in whatever tile
+        return _tiled(lambda window: conv(F.silu(norm(window))), x, side, place, onto)
     grouped = x.unflatten(1, (norm.num_groups, -1)).flatten(2)
     variance, mean = torch.var_mean(grouped, dim=2, correction=0)
     each = x.shape[1] // norm.num_groups

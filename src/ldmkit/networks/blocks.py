@@ -6,7 +6,7 @@ arguments here (Rombach et al. 2022, App. E; the code published with it).
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,27 @@ from torch import Tensor, nn
 MANY_PIXELS = 4096
 """From so many on, attention is given the memory layout that the kernels without a matrix of all
 pairs of pixels ask for; below, the plain kernel is as fast, and on very small maps faster."""
+QK_EPS = 1e-6
 
 # An underscore: the axis may differ between the arguments and the result of one function.
 FeatureMap = Float[Tensor, "batch _channels _y _x"]
 Embedding = Float[Tensor, "batch _width"]
 Tokens = Float[Tensor, "batch _count _width"]
+
+
+class PixelRMSNorm(nn.RMSNorm):
+    """RMS normalisation over the channels of each pixel (Zhang and Sennrich 2019).
+
+    It takes no mean out and looks at no other pixel: what a pixel gets does not depend on the size
+    of the map.
+    """
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels, eps=eps)
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        """Each pixel on its own; the shape stays."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class Norm(NamedTuple):
@@ -33,9 +49,12 @@ class Norm(NamedTuple):
 
     groups: int
     eps: float
+    kind: Literal["group", "rms"] = "group"
 
-    def __call__(self, channels: int) -> nn.GroupNorm:
-        """A group normalisation of this kind."""
+    def __call__(self, channels: int) -> nn.GroupNorm | PixelRMSNorm:
+        """A normalisation of this kind."""
+        if self.kind == "rms":
+            return PixelRMSNorm(channels, self.eps)
         return nn.GroupNorm(self.groups_of(channels), channels, eps=self.eps)
 
     def groups_of(self, channels: int) -> int:
@@ -60,6 +79,10 @@ class ResidualBlock(nn.Module):
         embedding: width of the time embedding, or 0 for none (the autoencoder).
         dropout: probability.
         norm: of both convolutions.
+        scale_shift: the embedding scales and shifts what the second norm gives, instead of being
+            added before it (Dhariwal and Nichol 2021, "adaptive group normalization").
+        resample: double (nearest neighbour) or halve (mean of 2x2) the map behind the first
+            activation and on the skip (Brock et al. 2019, "BigGAN").
     """
 
     def __init__(
@@ -70,11 +93,15 @@ class ResidualBlock(nn.Module):
         embedding: int = 0,
         dropout: float = 0.0,
         norm: Norm,
+        scale_shift: bool = False,
+        resample: Literal["up", "down"] | None = None,
     ) -> None:
         super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
         self.norm1 = norm(channels)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.embed = nn.Linear(embedding, out_channels) if embedding else None
+        embedded = 2 * out_channels if scale_shift else out_channels
+        self.embed = nn.Linear(embedding, embedded) if embedding else None
         self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -84,12 +111,35 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: FeatureMap, embedding: Embedding | None = None) -> FeatureMap:
-        """Map `[b, channels, h, w]` to `[b, out_channels, h, w]`."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        if self.embed is not None and embedding is not None:
-            h = h + self.embed(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.skip(x) + h
+        """Map `[b, channels, h, w]` to `[b, out_channels, h, w]`, twice or half as large if asked."""
+        h = self.conv1(self._resampled(F.silu(self.norm1(x))))
+        if self.embed is None or embedding is None:
+            h = self.norm2(h)
+        else:
+            told = self.embed(F.silu(embedding))[:, :, None, None]
+            h = self._scaled_and_shifted(h, told) if self.scale_shift else self.norm2(h + told)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(self._resampled(x)) + h
+
+    def _scaled_and_shifted(self, h: FeatureMap, told: FeatureMap) -> FeatureMap:
+        scale, shift = told.chunk(2, dim=1)
+        return self.norm2(h) * (1.0 + scale) + shift
+
+    def _resampled(self, x: FeatureMap) -> FeatureMap:
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x
+
+
+def query_key_norms(width: int, wanted: bool) -> tuple[nn.Module, nn.Module]:
+    """What queries and keys of a head go through: RMS norms, or nothing.
+
+    With norms, the logits of attention are bounded, which keeps bfloat16 and large learning rates
+    from diverging (Henry et al. 2020; Dehghani et al. 2023).
+    """
+    if not wanted:
+        return nn.Identity(), nn.Identity()
+    return nn.RMSNorm(width, eps=QK_EPS), nn.RMSNorm(width, eps=QK_EPS)
 
 
 class SpatialAttention(nn.Module):
@@ -100,15 +150,25 @@ class SpatialAttention(nn.Module):
         heads: attention heads; must divide `channels`.
         norm: before the projections.
         zero_init: start as the identity (the U-Net's do, the autoencoder's do not).
+        qk_norm: normalise queries and keys.
     """
 
-    def __init__(self, channels: int, *, heads: int = 1, norm: Norm, zero_init: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int = 1,
+        norm: Norm,
+        zero_init: bool,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         out = nn.Conv2d(channels, channels, 1)
         self.out = zeroed(out) if zero_init else out
+        self.norm_q, self.norm_k = query_key_norms(channels // heads, qk_norm)
 
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Every pixel attends to every pixel; the shape stays."""
@@ -117,6 +177,7 @@ class SpatialAttention(nn.Module):
         if x.shape[2] * x.shape[3] >= MANY_PIXELS:
             qkv = qkv.contiguous()
         q, k, v = qkv
+        q, k = self.norm_q(q), self.norm_k(k)
         attended = F.scaled_dot_product_attention(q, k, v)
         size = {"y": x.shape[2], "x": x.shape[3]}
         return x + self.out(

@@ -3,12 +3,13 @@
 Going down, each level has residual blocks, with attention where the config asks for it, and halves
 the map; the way up mirrors it and takes the stored maps in as further channels. With tokens,
 attention is a spatial transformer (self-attention, cross-attention, feed-forward); without, plain
-self-attention.
+self-attention. Every residual branch and the output start at zero.
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,91 +25,10 @@ from ldmkit.networks.blocks import (
     timestep_embedding,
     zeroed,
 )
+from ldmkit.networks.transformer import SpatialTransformer
 
 EPS = 1e-5
 TRANSFORMER_EPS = 1e-6
-FEED_FORWARD_FACTOR = 4
-
-
-class Attention(nn.Module):
-    """Multi-head attention from tokens to a context (Vaswani et al. 2017).
-
-    Args:
-        width: of the tokens, in and out.
-        context_width: of what is attended to.
-        heads: must divide `width`.
-    """
-
-    def __init__(self, width: int, context_width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width, width, bias=False)
-        self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, tokens: Tokens, context: Tokens) -> Tokens:
-        """Each token becomes a mixture of the context's values; the shape stays."""
-        q, k, v = (
-            rearrange(projected, "b count (heads width) -> b heads count width", heads=self.heads)
-            for projected in (self.to_q(tokens), self.to_k(context), self.to_v(context))
-        )
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(attended, "b heads count width -> b count (heads width)"))
-
-
-class GatedFeedForward(nn.Module):
-    """Linear, GELU gate, linear (Shazeer 2020, "GEGLU"), four times as wide inside."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.expand = nn.Linear(width, 2 * FEED_FORWARD_FACTOR * width)
-        self.contract = nn.Linear(FEED_FORWARD_FACTOR * width, width)
-
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Each token on its own; the shape stays."""
-        value, gate = self.expand(tokens).chunk(2, dim=-1)
-        return self.contract(value * F.gelu(gate))
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and with a residual."""
-
-    def __init__(self, width: int, context_width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.self_attention = Attention(width, width, heads)
-        self.cross_attention = Attention(width, context_width, heads)
-        self.feed_forward = GatedFeedForward(width)
-
-    def forward(self, tokens: Tokens, context: Tokens) -> Tokens:
-        """Let tokens see each other and the context; the shape stays."""
-        normed = self.norm1(tokens)
-        tokens = tokens + self.self_attention(normed, normed)
-        tokens = tokens + self.cross_attention(self.norm2(tokens), context)
-        return tokens + self.feed_forward(self.norm3(tokens))
-
-
-class SpatialTransformer(nn.Module):
-    """A transformer over the pixels of a feature map (Rombach et al. 2022, App. E.2.1)."""
-
-    def __init__(
-        self, channels: int, *, heads: int, depth: int, context_width: int, norm: Norm
-    ) -> None:
-        super().__init__()
-        self.norm = norm(channels)
-        self.project_in = nn.Conv2d(channels, channels, 1)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(channels, context_width, heads) for _ in range(depth)
-        )
-        self.project_out = zeroed(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: FeatureMap, context: Tokens) -> FeatureMap:
-        """Map `[b, c, h, w]` to the same shape, having looked at `[b, count, width]`."""
-        tokens = rearrange(self.project_in(self.norm(x)), "b c y x -> b (y x) c")
-        for block in self.blocks:
-            tokens = block(tokens, context)
-        return x + self.project_out(rearrange(tokens, "b (y x) c -> b c y x", y=x.shape[2]))
 
 
 class Stage(nn.Module):
@@ -142,7 +62,7 @@ class DownLevel(nn.Module):
         for stage in self.stages:
             x = stage(x, embedding, tokens)
             maps.append(x)
-        return maps if self.downsample is None else [*maps, self.downsample(x)]
+        return maps if self.downsample is None else [*maps, _through(self.downsample, x, embedding)]
 
 
 class UpLevel(nn.Module):
@@ -159,7 +79,7 @@ class UpLevel(nn.Module):
         """Each stage takes the newest of the maps from the way down off the list."""
         for stage in self.stages:
             x = stage(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
-        return x if self.upsample is None else self.upsample(x)
+        return x if self.upsample is None else _through(self.upsample, x, embedding)
 
 
 class UNet(nn.Module):
@@ -167,7 +87,8 @@ class UNet(nn.Module):
 
     Args:
         config: widths and depths.
-        in_channels: of the latents and what is concatenated to them.
+        in_channels: of the latents and what is concatenated to them; with self-conditioning the
+            first convolution takes `out_channels` more.
         out_channels: of the prediction.
         use_tokens: attend to tokens of width `config.context_channels`.
     """
@@ -176,42 +97,43 @@ class UNet(nn.Module):
         self, config: UNetConfig, *, in_channels: int, out_channels: int, use_tokens: bool
     ) -> None:
         super().__init__()
-        self.config, self.use_tokens = config, use_tokens
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.config, self.use_tokens, self.out_channels = config, use_tokens, out_channels
+        widths, last = config.widths, len(config.widths) - 1
+        attends = [factor in config.attention_factors for factor in config.factors]
         self.embedding_width = 4 * config.channels
         self.embed_time = nn.Sequential(
             nn.Linear(config.channels, self.embedding_width),
             nn.SiLU(),
             nn.Linear(self.embedding_width, self.embedding_width),
         )
-        self.conv_in = nn.Conv2d(in_channels, config.channels, 3, padding=1)
+        estimate = out_channels if config.self_conditioning else 0
+        self.conv_in = nn.Conv2d(in_channels + estimate, config.channels, 3, padding=1)
 
         channels, stored = config.channels, [config.channels]
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             stages = []
             for _ in range(config.residual_blocks):
-                stages.append(self._stage(channels, width, level))
+                stages.append(self._stage(channels, width, level, attends=attends[level]))
                 channels = width
                 stored.append(channels)
-            last = level == len(widths) - 1
-            downsample = None if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.down.append(DownLevel(stages, downsample))
-            if not last:
+            self.down.append(DownLevel(stages, self._downsample(width) if level < last else None))
+            if level < last:
                 stored.append(channels)
 
-        self.middle_in = Stage(self._residual(channels, channels), self._attention(channels))
+        self.middle_in = self._stage(channels, channels, last, attends=config.middle_attention)
         self.middle_out = self._residual(channels, channels)
 
         self.up = nn.ModuleList()  # coarsest first, in the order they are run
         for level, width in reversed(list(enumerate(widths))):
             stages = []
             for _ in range(config.residual_blocks + 1):
-                stages.append(self._stage(channels + stored.pop(), width, level))
+                seen = channels + stored.pop()
+                stages.append(self._stage(seen, width, level, attends=attends[level]))
                 channels = width
-            self.up.append(UpLevel(stages, Upsample(width) if level else None))
+            self.up.append(UpLevel(stages, self._upsample(width) if level else None))
 
-        self.norm_out = Norm(config.norm_groups, EPS)(channels)
+        self.norm_out = self._norm(EPS)(channels)
         self.conv_out = zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(
@@ -221,6 +143,7 @@ class UNet(nn.Module):
         vector: Embedding | None = None,
         tokens: Tokens | None = None,
         channels: FeatureMap | None = None,
+        previous: FeatureMap | None = None,
     ) -> FeatureMap:
         """Predict `[b, out_channels, h, w]`.
 
@@ -230,14 +153,21 @@ class UNet(nn.Module):
             vector: added to the time embedding.
             tokens: attended to; needed if and only if the network was built for tokens.
             channels: concatenated to `x`.
+            previous: for self-conditioning, an earlier estimate `[b, out_channels, h, w]` of what is
+                predicted (Chen et al. 2023); None for none yet.
+
+        Raises:
+            ValueError: tokens for a network without, none for one with, or an earlier estimate for
+                a network without self-conditioning.
         """
+        if (tokens is not None) != self.use_tokens:
+            has = "attends to tokens, and got none" if self.use_tokens else "has no use for tokens"
+            raise ValueError(f"this U-Net {has}: build it with use_tokens={not self.use_tokens}")
         embedding = self.embed_time(timestep_embedding(timesteps, self.config.channels))
         if vector is not None:
             embedding = embedding + vector
-        if channels is not None:
-            x = torch.cat([x, channels], dim=1)
 
-        skips = [self.conv_in(x)]
+        skips = [self.conv_in(self._beside(x, channels, previous))]
         for level in self.down:
             skips += level(skips[-1], embedding, tokens)
         x = self.middle_out(self.middle_in(skips[-1], embedding, tokens), embedding)
@@ -245,29 +175,67 @@ class UNet(nn.Module):
             x = level(x, skips, embedding, tokens)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-    def _stage(self, channels: int, width: int, level: int) -> Stage:
-        attends = 2**level in self.config.attention_factors
-        return Stage(self._residual(channels, width), self._attention(width) if attends else None)
+    def _beside(
+        self, x: FeatureMap, channels: FeatureMap | None, previous: FeatureMap | None
+    ) -> FeatureMap:
+        """All that the first convolution sees; the earlier estimate comes last."""
+        maps = [x] if channels is None else [x, channels]
+        if self.config.self_conditioning:
+            size = (len(x), self.out_channels, *x.shape[2:])
+            maps.append(x.new_zeros(size) if previous is None else previous)
+        elif previous is not None:
+            raise ValueError(
+                "this U-Net takes no earlier estimate: build it with self_conditioning"
+            )
+        return torch.cat(maps, dim=1) if len(maps) > 1 else x
 
-    def _residual(self, channels: int, width: int) -> ResidualBlock:
+    def _stage(self, channels: int, width: int, level: int, *, attends: bool) -> Stage:
+        residual = self._residual(channels, width)
+        return Stage(residual, self._attention(width, level) if attends else None)
+
+    def _norm(self, eps: float) -> Norm:
+        return Norm(self.config.norm_groups, eps, self.config.norm)
+
+    def _residual(
+        self, channels: int, width: int, resample: Literal["up", "down"] | None = None
+    ) -> ResidualBlock:
         return ResidualBlock(
             channels,
             width,
             embedding=self.embedding_width,
             dropout=self.config.dropout,
-            norm=Norm(self.config.norm_groups, EPS),
+            norm=self._norm(EPS),
+            scale_shift=self.config.scale_shift,
+            resample=resample,
         )
 
-    def _attention(self, channels: int) -> nn.Module:
+    def _downsample(self, width: int) -> nn.Module:
+        if self.config.residual_updown:
+            return self._residual(width, width, "down")
+        return nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def _upsample(self, width: int) -> nn.Module:
+        return (
+            self._residual(width, width, "up") if self.config.residual_updown else Upsample(width)
+        )
+
+    def _attention(self, channels: int, level: int) -> nn.Module:
         config = self.config
-        heads = channels // (config.head_channels or channels)
+        heads = config.heads_of(channels)
         if not self.use_tokens:
-            norm = Norm(config.norm_groups, EPS)
-            return SpatialAttention(channels, heads=heads, norm=norm, zero_init=True)
+            return SpatialAttention(
+                channels, heads=heads, norm=self._norm(EPS), zero_init=True, qk_norm=config.qk_norm
+            )
         return SpatialTransformer(
             channels,
             heads=heads,
-            depth=config.transformer_depth,
+            depth=config.depth_of(level),
             context_width=config.context_channels,
-            norm=Norm(config.norm_groups, TRANSFORMER_EPS),
+            norm=self._norm(TRANSFORMER_EPS),
+            qk_norm=config.qk_norm,
         )
+
+
+def _through(resample: nn.Module, x: FeatureMap, embedding: Embedding) -> FeatureMap:
+    """Halve or double; a residual block is told the time, a plain convolution is not."""
+    return resample(x, embedding) if isinstance(resample, ResidualBlock) else resample(x)
