@@ -5,7 +5,11 @@ from ldmkit.recipes.presets import presets
 
 HEAD = """# Presets
 
-Made from the presets by `make docs`; `ldmkit presets` prints the same. f is the down-sampling factor, z
+Made from the presets by `make docs`; `ldmkit presets` prints the same.
+
+## Autoencoders
+
+f is the down-sampling factor, z
 the number of latent channels. Parameters are those of the autoencoder, without the discriminator; a test
 holds them to the same networks built by diffusers.
 
@@ -22,6 +26,23 @@ have it.
 | preset | parameters | f | z | codes | source |
 |---|---:|---:|---:|---:|---|"""
 
+DIFFUSION = """
+## Diffusion models
+
+The models of the paper's Tables 12 and 15 and of its code, Stable Diffusion 1, and three sizes of our own. The
+number of parameters is that of the U-Net for the latents and channels named here; at training time the
+data say both. Where a count is published, a test holds ours to it within 0.5 %, with what the source
+counts beside the U-Net. Schedule, learning rate, batch and steps are the published ones; where the paper
+and the code disagree, the network is the code's and the training the paper's, and the source says so.
+
+A preset names what the U-Net attends to and what comes beside the latents; text, boxes, label maps,
+low-resolution pictures and masks are conditions that `train-diffusion` cannot give yet, so that these
+presets train on latents alone or with class labels. The L1 loss with which churches, layouts, semantic maps
+and inpainting were published is not part of the presets.
+
+| preset | U-Net | latents | beside | attends to | published | of it elsewhere | source |
+|---|---:|---|---:|---|---:|---|---|"""
+
 
 def main() -> None:
     """Print the page."""
@@ -31,6 +52,15 @@ def main() -> None:
         print(
             f"| `{preset['name']}` | {preset['parameters']:,} | {preset['factor']} "
             f"| {preset['latent_channels']} | {codes} | {preset['source']} |"
+        )
+    print(DIFFUSION)
+    for preset in presets(PresetsConfig(command="train-diffusion"))["presets"]:
+        published = f"{preset['published'] / 1e6:,.0f}M" if preset["published"] else ""
+        elsewhere = f"{preset['beside']:,}: {preset['counted']}" if preset["beside"] else ""
+        print(
+            f"| `{preset['name']}` | {preset['parameters']:,} | {'x'.join(map(str, preset['latents']))} "
+            f"| {preset['concatenated'] or ''} | {preset['tokens']} | {published} | {elsewhere} "
+            f"| {preset['source']} |"
         )
 
 

@@ -151,7 +151,15 @@ def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> Diffus
 def build_diffusion(config: DiffusionConfig) -> LatentDiffusion:
     """A diffusion model with fresh weights from the global random generator."""
     unet = config.unet
-    _warn_of_lone_channels(unet.channels, unet.norm_groups, "--unet.norm-groups")
+    if unet.norm == "group":
+        _warn_of_lone_channels(unet.channels, unet.norm_groups, "--unet.norm-groups")
+    if not unet.attention_factors:
+        middle = f"only the middle, at factor {unet.factors[-1]},"
+        where = middle if unet.middle_attention else "nothing"
+        say(
+            f"warning: --unet.attention-factors is empty, so {where} has attention; the "
+            f"levels have factors {', '.join(map(str, unet.factors))}"
+        )
     return LatentDiffusion(config)
 
 

@@ -1,20 +1,15 @@
 """Named settings: the demo's, the paper's published ones with their sources, and today's.
 
+Those of the first stage are here, those of the second in `diffusion_presets`.
+
 A preset is a partial config; what it does not name keeps the default, and what the user types wins.
 "LDM" below is the code published with the paper (CompVis/latent-diffusion, a506df5), "paper" is
 Rombach et al. 2022. Published learning rates are 4.5e-6 x batch.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-Settings = dict[str, Any]
-
-
-class Preset(NamedTuple):
-    """Named settings and where they come from."""
-
-    settings: Settings
-    source: str
+from ldmkit.diffusion_presets import DIFFUSION_MODELS, Preset, Settings
 
 
 def _tiny(multipliers: list[int], latent_channels: int, **autoencoder: Any) -> Settings:  # noqa: ANN401
@@ -178,56 +173,6 @@ AUTOENCODERS: dict[str, Preset] = {
     "kl-f32-d16": Preset(_kl(6, 406_763, 16, F32, 16, 32), _PAPER),
     "sd-f8": Preset(_modern(4), "Stable Diffusion 1's autoencoder, trained with averaged weights"),
     "f8-d16": Preset(_modern(16), "the same with the 16 channels of Stable Diffusion 3's"),
-}
-
-TINY_DIFFUSION: Settings = {
-    # The demo: 16 x 16 latents, minutes on two CPU cores. v, and the schedule of the paper's
-    # text-to-image model, because they learn layouts in so few steps (docs/log.md).
-    "steps": 2600,
-    "batch_size": 16,
-    "lr": 1e-3,
-    "warmup": 100,
-    "cooldown": 900,
-    "parameterization": "v",
-    "schedule": {"beta_start": 0.00085, "beta_end": 0.012},
-    "precision": "auto",
-    "log_every": 50,
-    "sample_every": 650,
-    "save_every": 650,
-    "unet": {
-        "channels": 64,
-        "multipliers": [1, 2, 2],
-        "residual_blocks": 1,
-        "attention_factors": [4],
-        "head_channels": 32,
-        "norm_groups": 16,
-        "context_channels": 128,
-    },
-}
-
-LDM_4_IMAGENET: Settings = {
-    # LDM configs/latent-diffusion/cin256-v2.yaml; paper Tab. 15: batch 1200, 178k steps, lr 1e-4, 400M
-    "steps": 178_000,
-    "batch_size": 1200,
-    "lr": 1e-4,
-    "condition": "class",
-    "save_every": 5_000,
-    "unet": {
-        "channels": 192,
-        "multipliers": [1, 2, 3, 5],
-        "residual_blocks": 2,
-        "attention_factors": [8, 4, 2],
-        "transformer_depth": 1,
-        "context_channels": 512,
-    },
-    "schedule": {"timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195},
-}
-
-DIFFUSION_MODELS: dict[str, Preset] = {
-    "tiny": Preset(TINY_DIFFUSION, "the demo's: 16 x 16 latents"),
-    "ldm-4-imagenet": Preset(
-        LDM_4_IMAGENET, "LDM configs/latent-diffusion/cin256-v2.yaml; paper Tab. 15"
-    ),
 }
 
 PRESETS: dict[str, dict[str, Preset]] = {

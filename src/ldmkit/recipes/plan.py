@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldmkit.assembly import autoencoder_facts, build_autoencoder, build_diffusion, diffusion_config
 from ldmkit.autoencoder.discriminator import PatchDiscriminator
@@ -20,6 +21,7 @@ from ldmkit.fields import Config
 from ldmkit.training.checkpoint import KEEP
 
 FLOAT_BYTES = 4
+BACKWARD = 3  # training costs a forward pass and two for the gradients
 TRAINED_COPIES = 4  # weight, gradient, two Adam moments
 
 
@@ -91,11 +93,13 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
         labels = torch.empty(config.batch_size, dtype=torch.int64)
         times = torch.empty(config.batch_size)
         saved = saved_bytes(lambda: model.unet(x, times, *model.condition(labels)))
+        work = operations(lambda: model.unet(x[:1], times[:1], *model.condition(labels[:1])))
     trained = parameters(model)
     checkpoint = trained * FLOAT_BYTES * TRAINED_COPIES  # weights, average, two moments
     return [
         f"data: {len(latents)} latents of {list(batch.mean.shape[1:])}; a batch is {list(x.shape)}",
         f"parameters: {trained:,}; told of {model.config.classes} classes",
+        f"compute: {work / 1e9:,.1f} GFLOPs for each image and model call, {BACKWARD * work / 1e9:,.1f} to train on it",
         f"memory: about {size(trained * FLOAT_BYTES * (TRAINED_COPIES + 1) + saved)}",
         f"disk: about {size(checkpoint * (KEEP + 1) + trained * FLOAT_BYTES)} in {config.out}",
         f"steps: {config.steps:,}, {config.steps * config.batch_size / len(latents):.1f} times through the data",
@@ -115,6 +119,17 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     activations = [tensor for tensor in kept.values() if not isinstance(tensor, nn.Parameter)]
     del result
     return sum(tensor.numel() * tensor.element_size() for tensor in activations)
+
+
+def operations(forward: Callable[[], Tensor]) -> int:
+    """Floating-point operations of matrix products and convolutions, a multiply-add being two.
+
+    The tensors must be without memory: there attention is made of matrix products, which are counted;
+    the fused kernel of the CPU is not.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops()
 
 
 def parameters(module: nn.Module) -> int:

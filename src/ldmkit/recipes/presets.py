@@ -6,7 +6,10 @@ import torch
 
 from ldmkit.assembly import build_autoencoder
 from ldmkit.configs import PresetsConfig, TrainAEConfig
+from ldmkit.diffusion_configs import UNetConfig
+from ldmkit.diffusion_presets import Use
 from ldmkit.named_settings import PRESETS
+from ldmkit.networks.unet import UNet
 
 SCHEMA_VERSION = 1
 
@@ -15,15 +18,21 @@ def presets(config: PresetsConfig) -> dict[str, Any]:
     """All presets of the commands asked for.
 
     Returns:
-        `{"schema_version": 1, "presets": [...]}`; each has command, name, source, parameters
-        (None where they depend on the latents), and for an autoencoder its down-sampling factor,
-        latent channels and codebook size (None without).
+        `{"schema_version": 1, "presets": [...]}`; each has command, name, source and parameters. An
+        autoencoder has its down-sampling factor, latent channels and codebook size too (None
+        without); a diffusion model (whose parameters are its U-Net's) the latents it is meant for,
+        the channels beside them, what it attends to ("" for nothing), and the number of parameters
+        published (None where there is none) with that of parts outside the U-Net counted in it.
     """
     found = []
     for command, named in PRESETS.items():
         if config.command in (command, None):
             for name, preset in named.items():
-                size = _size(preset.settings) if command == "train-ae" else {}
+                size = (
+                    _size(preset.settings)
+                    if preset.use is None
+                    else _unet_size(preset.settings, preset.use)
+                )
                 found.append({"command": command, "name": name, **size, "source": preset.source})
     return {"schema_version": SCHEMA_VERSION, "presets": found}
 
@@ -63,6 +72,21 @@ def _size(settings: dict[str, Any]) -> dict[str, Any]:
         "factor": config.autoencoder.factor,
         "latent_channels": model.latent_channels,
         "codes": config.autoencoder.codebook.size if model.codebook is not None else None,
+    }
+
+
+def _unet_size(settings: dict[str, Any], use: Use) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = UNet(
+            UNetConfig.model_validate(settings["unet"]),
+            in_channels=use.latents[0] + use.concatenated,
+            out_channels=use.latents[0],
+            use_tokens=bool(use.tokens),
+        )
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "latent_channels": use.latents[0],
+        **use._asdict(),
     }
 
 
