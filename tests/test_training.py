@@ -13,9 +13,10 @@ from ldmkit.autoencoder_configs import DiscriminatorConfig
 from ldmkit.errors import DataError, InterruptedRun, NonFiniteError, UsageError
 from ldmkit.modelfile import load
 from ldmkit.recipes import train_diffusion as train_diffusion_recipe
+from ldmkit.training.averages import averaged_copy, update_average
 from ldmkit.training.checkpoint import TrainingState, saved_checkpoints
 from ldmkit.training.interruption import Interruption
-from ldmkit.training.optimization import averaged_copy, learning_rate, update_average
+from ldmkit.training.optimization import learning_rate
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import CPU_GROUP, groups_of
 

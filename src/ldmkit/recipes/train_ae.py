@@ -46,14 +46,10 @@ from ldmkit.errors import CollapseError, InterruptedRun
 from ldmkit.metrics.reconstruction import psnr
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
+from ldmkit.training.averages import averaged_copy, update_average
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.interruption import Interruption
-from ldmkit.training.optimization import (
-    averaged_copy,
-    learning_rate,
-    set_learning_rate,
-    update_average,
-)
+from ldmkit.training.optimization import learning_rate, set_learning_rate
 from ldmkit.training.run import due, finished, open_run, require_same_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
