@@ -13,7 +13,7 @@ from ldmkit.autoencoder_configs import DiscriminatorConfig
 from ldmkit.errors import DataError, InterruptedRun, NonFiniteError, UsageError
 from ldmkit.modelfile import load
 from ldmkit.recipes import train_diffusion as train_diffusion_recipe
-from ldmkit.training.averages import averaged_copy, update_average
+from ldmkit.training.averages import averaged_copy, update_average, warmed_decay
 from ldmkit.training.checkpoint import TrainingState, saved_checkpoints
 from ldmkit.training.interruption import Interruption
 from ldmkit.training.optimization import learning_rate
@@ -227,7 +227,7 @@ def test_the_average_follows_its_formula():
     for step in range(30):
         with torch.no_grad():
             module.weight.fill_(float(step))
-        update_average(average, module, step, 0.5)
+        update_average(average, module, warmed_decay(step, 0.5))
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert average.weight.item() == pytest.approx(expected, rel=1e-5)

@@ -1,7 +1,7 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
 Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
-`sample`, `decode`, `inspect`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
+`ema`, `sample`, `decode`, `inspect`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
 `load_autoencoder` and `load_diffusion` give modules. All of it is imported on first use, so that
 `import ldmkit` costs nothing.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ldmkit.assembly import load_autoencoder, load_diffusion
     from ldmkit.configs import (
         DecodeConfig,
+        EMAConfig,
         EvalAEConfig,
         ExportConfig,
         ImportConfig,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ldmkit.data_configs import CheckConfig, EncodeConfig, SplitConfig
     from ldmkit.recipes.check import check
     from ldmkit.recipes.decode import decode
+    from ldmkit.recipes.ema import ema
     from ldmkit.recipes.encode import encode
     from ldmkit.recipes.eval_ae import eval_ae
     from ldmkit.recipes.export import export
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckConfig",
     "DecodeConfig",
+    "EMAConfig",
     "EncodeConfig",
     "EvalAEConfig",
     "ExportConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "__version__",
     "check",
     "decode",
+    "ema",
     "encode",
     "eval_ae",
     "export",

@@ -40,6 +40,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "eval-ae": configs.EvalAEConfig,
     "encode": data_configs.EncodeConfig,
     "train-diffusion": configs.TrainDiffusionConfig,
+    "ema": configs.EMAConfig,
     "sample": configs.SampleConfig,
     "decode": configs.DecodeConfig,
     "inspect": configs.InspectConfig,
@@ -64,6 +65,7 @@ EXTRA_SWITCHES: dict[str, dict[str, Any]] = {
     "train-ae": DRY_RUN,
     "encode": DRY_RUN,
     "train-diffusion": DRY_RUN,
+    "ema": JSON,
     "inspect": JSON,
     "presets": JSON,
     "eval-ae": JSON,
@@ -144,7 +146,7 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
     if name == "inspect":
         with _stdin_for(config.path) as stream:
             return _printed(name, work(config, stream), as_json)
-    if name in ("presets", "split"):
+    if name in ("presets", "split", "ema"):
         return _printed(name, work(config), as_json)
     if name == "check":
         return _checked(work(config), output, as_json)

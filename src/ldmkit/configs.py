@@ -18,7 +18,13 @@ from ldmkit.autoencoder_configs import (
     PreprocessingConfig,
 )
 from ldmkit.data_configs import SCRATCH, TILE, TILING, SourceConfig
-from ldmkit.diffusion_configs import ParameterizationName, ScheduleConfig, UNetConfig
+from ldmkit.diffusion_configs import (
+    AverageConfig,
+    ParameterizationName,
+    ScheduleConfig,
+    UNetConfig,
+    Width,
+)
 from ldmkit.fields import Config, Count, Fraction, Positive, Weight, argument, field
 
 STREAM = Path("-")
@@ -205,7 +211,6 @@ class TrainDiffusionConfig(TrainingConfig):
     ae: Path | None = field(None, "Autoencoder file, for preview pictures during training")
     lr: Annotated[float, Field(gt=0)] = field(1e-4, "Learning rate of AdamW")
     weight_decay: Weight = field(0.01, "Weight decay of AdamW")
-    ema_decay: Fraction = field(0.9999, "Decay of the averaged weights (warmed up)")
     condition: Literal["auto", "class", "none"] = field(
         "auto", "What the model is told; auto = class where the latents have labels"
     )
@@ -218,12 +223,32 @@ class TrainDiffusionConfig(TrainingConfig):
     )
     preview_steps: Positive = field(25, "Sampling steps of the preview pictures")
     preview_guidance: Weight = field(2.0, "Guidance weight of the preview pictures")
+    average: AverageConfig = AverageConfig()
     unet: UNetConfig = UNetConfig()
     schedule: ScheduleConfig = ScheduleConfig()
 
     FREE_TO_CHANGE: ClassVar[Sequence[str]] = (
         *TrainingConfig.FREE_TO_CHANGE,
         *("ae", "preview_steps", "preview_guidance"),
+    )
+
+
+class EMAConfig(Config):
+    """Average the weights of a run over another width afterwards; writes a diffusion model file."""
+
+    run: Path = argument("Run directory of train-diffusion with --average.snapshots")
+    width: Width = field(
+        0.05,
+        "Relative width: standard deviation of what the average weighs, as a share of the steps",
+    )
+    step: Positive | None = field(
+        None, "Snapshot up to which to average (default: the newest of the run)"
+    )
+    sweep: tuple[Width, ...] = field((), "Several widths, a file for each, instead of --width")
+    out: Path | None = field(
+        None,
+        "Model file, or with --sweep a directory for them (default: RUN/ema-WIDTH-step-STEP.safetensors)",
+        short="-o",
     )
 
 

@@ -33,6 +33,7 @@ FORMAT_VERSIONS = {
     "manifest": 1,
     "samples": 1,
     "checkpoint": 1,
+    "averages": 1,
 }
 """The newest version of each kind of file that this version of ldmkit reads and writes."""
 

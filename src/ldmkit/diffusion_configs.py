@@ -115,6 +115,31 @@ class ScheduleConfig(Config):
     beta_end: Annotated[float, Field(gt=0, lt=1)] = field(0.0195, "Noise variance of step T")
 
 
+Width = Annotated[float, Field(gt=0, le=0.288)]
+"""Relative width of a power-function average; 1/sqrt(12) would weigh all steps alike."""
+SnapshotFormat = Literal["float32", "float16"]
+
+
+class AverageConfig(Config):
+    """The averages of the weights over training; one of them becomes the model."""
+
+    kind: Literal["ema", "power"] = field(
+        "ema",
+        "How the saved weights are averaged: exponential with warm-up, or by a power of the step, so"
+        " that the width grows with the run (Karras et al. 2024)",
+    )
+    decay: Fraction = field(0.9999, "Decay of kind ema (warmed up)")
+    width: Width = field(
+        0.05, "Width of kind power: standard deviation of what it weighs, as a share of the steps"
+    )
+    snapshots: Count = field(
+        0,
+        "Steps between snapshots in OUT/averages, from which `ldmkit ema` makes any other width; each"
+        " takes twice the room of the model, and training memory for two more copies; 0 = none",
+    )
+    snapshot_format: SnapshotFormat = field("float32", "Number format of the weights in snapshots")
+
+
 class DiffusionConfig(Config):
     """What a diffusion model file stores to build its network again."""
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from ldmkit.autoencoder_configs import PreprocessingConfig
+from ldmkit.diffusion_configs import SnapshotFormat
 from ldmkit.errors import DataError
 from ldmkit.fields import Config
 
@@ -52,6 +53,22 @@ class DiffusionFacts(Config):
     class_names: tuple[str, ...]
     trained: Facts
     versions: dict[str, str]
+
+
+class SnapshotFacts(Config):
+    """Facts of a snapshot of averages during training."""
+
+    fingerprint: str
+    step: int
+    """How many updates the averages have seen."""
+    every: int
+    """Steps between snapshots."""
+    widths: tuple[float, ...]
+    """Relative widths of its averages, in the order of their tensors."""
+    stored: SnapshotFormat
+    """Number format of the averages."""
+    model: DiffusionFacts
+    """What a model file of this step would say of itself."""
 
 
 class SampleFacts(Config):

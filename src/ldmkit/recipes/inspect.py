@@ -90,13 +90,15 @@ def _latent_set(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     checkpoints = sorted((path / "checkpoints").glob("step-*/state.safetensors"))
+    averages = sorted((path / "averages").glob("step-*.safetensors"))
     models = sorted(path.glob("*.safetensors"))
-    for file in (*checkpoints, *models):
+    for file in (*checkpoints, *averages, *models):
         verify_file(read_header(file), file)
     return {
         "kind": "run",
         "config": read_toml(path / "config.toml"),
         "checkpoints": [file.parent.name for file in checkpoints],
+        "averages": [file.stem for file in averages],
         "models": [file.name for file in models],
         "digests": "hold",
     }

@@ -19,6 +19,7 @@ from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import UsageError
 from ldmkit.fields import Config
 from ldmkit.training.checkpoint import KEEP
+from ldmkit.training.snapshots import FORMATS, WIDTHS
 
 FLOAT_BYTES = 4
 BACKWARD = 3  # training costs a forward pass and two for the gradients
@@ -95,13 +96,20 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
         saved = saved_bytes(lambda: model.unet(x, times, *model.condition(labels)))
         work = operations(lambda: model.unet(x[:1], times[:1], *model.condition(labels[:1])))
     trained = parameters(model)
-    checkpoint = trained * FLOAT_BYTES * TRAINED_COPIES  # weights, average, two moments
+    tracked = len(WIDTHS) if config.average.snapshots else 0
+    copies = TRAINED_COPIES + tracked
+    checkpoint = trained * FLOAT_BYTES * copies  # weights, averages, two moments
+    disk = checkpoint * (KEEP + 1) + trained * FLOAT_BYTES
+    if tracked:
+        snapshots = -(-config.steps // config.average.snapshots)
+        width = FORMATS[config.average.snapshot_format].itemsize
+        disk += snapshots * tracked * trained * width
     return [
         f"data: {len(latents)} latents of {list(batch.mean.shape[1:])}; a batch is {list(x.shape)}",
         f"parameters: {trained:,}; told of {model.config.classes} classes",
         f"compute: {work / 1e9:,.1f} GFLOPs for each image and model call, {BACKWARD * work / 1e9:,.1f} to train on it",
-        f"memory: about {size(trained * FLOAT_BYTES * (TRAINED_COPIES + 1) + saved)}",
-        f"disk: about {size(checkpoint * (KEEP + 1) + trained * FLOAT_BYTES)} in {config.out}",
+        f"memory: about {size(trained * FLOAT_BYTES * (copies + 1) + saved)}",
+        f"disk: about {size(disk)} in {config.out}",
         f"steps: {config.steps:,}, {config.steps * config.batch_size / len(latents):.1f} times through the data",
     ]
 

@@ -46,7 +46,7 @@ from ldmkit.errors import CollapseError, InterruptedRun
 from ldmkit.metrics.reconstruction import psnr
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
-from ldmkit.training.averages import averaged_copy, update_average
+from ldmkit.training.averages import averaged_copy, update_average, warmed_decay
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.interruption import Interruption
 from ldmkit.training.optimization import learning_rate, set_learning_rate
@@ -214,7 +214,8 @@ def train(
                     draw = generator_for(config.seed, CODES, step)
                     scalars |= learners.upkeep.update(latents, draw)
                 if learners.average is not None:
-                    update_average(learners.average, learners.model, step, config.ema_decay)
+                    decay = warmed_decay(step, config.ema_decay)
+                    update_average(learners.average, learners.model, decay)
             else:
                 shown = watch_autoencoder(learners, parts)
             if phase.discriminator_learns:

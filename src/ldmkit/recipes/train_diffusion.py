@@ -27,19 +27,26 @@ from ldmkit.data.order import (
 from ldmkit.diffusion.denoiser import guided
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.samplers import sample_ddim
+from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.errors import InterruptedRun, UsageError
 from ldmkit.facts import DiffusionFacts, Manifest
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
-from ldmkit.training.averages import averaged_copy, update_average
+from ldmkit.training.averages import averaged_copy, decay_at, update_average
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.interruption import Interruption
 from ldmkit.training.optimization import learning_rate, set_learning_rate
 from ldmkit.training.run import due, finished, open_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
+from ldmkit.training.snapshots import (
+    drop_snapshots_after,
+    save_snapshot,
+    tracked_averages,
+    update_tracked,
+)
 
 WEIGHTS, NOISE, GLOBAL, PREVIEW = 2, 3, 4, 5  # places in the seed tree
 PREVIEWS, COLUMNS = 16, 8
@@ -82,12 +89,14 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
     model = build_diffusion(model_config)
     model.set_whitening(manifest.whitening)
     model.to(device)
-    average = averaged_copy(model)
+    average, tracked = averaged_copy(model), tracked_averages(model, config.average)
     optimizer = torch.optim.AdamW(
         model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
     )
-    state = TrainingState(config.out, {"model": model, "average": average}, {"model": optimizer})
+    modules = {"model": model, "average": average, **tracked}
+    state = TrainingState(config.out, modules, {"model": optimizer})
     start = state.load_latest(device)
+    drop_snapshots_after(config.out, start)
     log = RunLog(config.out, start, tensorboard=config.tensorboard)
     autocast = autocast_for(device, config.precision)
 
@@ -103,6 +112,10 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
             if autoencoder and due(step, config.sample_every, config.steps) and step > start:
                 pixels = preview(average, autoencoder, manifest, config)
                 log.picture(step, "samples", grid(pixels, COLUMNS))
+            if tracked and step > 0 and due(step, config.average.snapshots, config.steps):
+                latents.wait_until_verified()
+                facts = facts_after(step, config, manifest, model_config, count)
+                save_snapshot(config.out, step, tracked, model_config, facts, config.average)
             if saving:
                 latents.wait_until_verified()  # nothing learnt from damaged latents is kept
                 log.flush()
@@ -129,11 +142,26 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
             loss.backward()
             set_learning_rate(optimizer, learning_rate(config.lr, step, config))
             optimizer.step()
-            update_average(average, model, step, config.ema_decay)
+            update_average(average, model, decay_at(step, config.average))
+            update_tracked(tracked, model, step)
             log.add({"loss": loss})
             progress.advance(note=f"loss {means['loss']:.4f}" if means else "")
 
-    facts = DiffusionFacts(
+    facts = facts_after(config.steps, config, manifest, model_config, count)
+    save_diffusion(result, average, facts)
+    return result
+
+
+def facts_after(
+    step: int,
+    config: TrainDiffusionConfig,
+    manifest: Manifest,
+    model_config: DiffusionConfig,
+    count: int,
+) -> DiffusionFacts:
+    """The facts of a model after so many steps on `count` latents."""
+    chosen = {"ema": {"decay": config.average.decay}, "power": {"width": config.average.width}}
+    return DiffusionFacts(
         fingerprint="",
         autoencoder=manifest.recipe["autoencoder"],
         latent_shape=manifest.latent_shape,
@@ -141,15 +169,13 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
         class_names=manifest.class_names if model_config.classes else (),
         trained={
             "latents": count,
-            "steps": config.steps,
-            "seen": config.steps * config.batch_size,
-            "ema_decay": config.ema_decay,
+            "steps": step,
+            "seen": step * config.batch_size,
+            "average": {"kind": config.average.kind} | chosen[config.average.kind],
             "condition_dropout": config.condition_dropout,
         },
         versions=versions(),
     )
-    save_diffusion(result, average, facts)
-    return result
 
 
 def latents_of(config: TrainDiffusionConfig, stream: BufferedIOBase | None) -> Path:
