@@ -20,10 +20,12 @@ from ldmkit.autoencoder_configs import (
 from ldmkit.data_configs import SCRATCH, TILE, TILING, SourceConfig
 from ldmkit.diffusion_configs import (
     AverageConfig,
+    ObjectiveConfig,
     ParameterizationName,
     ScheduleConfig,
     UNetConfig,
     Width,
+    require_fitting,
 )
 from ldmkit.fields import Config, Count, Fraction, Positive, Weight, argument, field
 
@@ -219,18 +221,29 @@ class TrainDiffusionConfig(TrainingConfig):
     )
     parameterization: ParameterizationName = field(
         "epsilon",
-        "What the network predicts: the noise (the paper), or v, which learns layouts sooner",
+        "What the network predicts: the noise (the paper), the clean latents, v (which learns layouts"
+        " sooner), the velocity of rectified flow, or what Karras et al. 2022 mix of the last two",
     )
     preview_steps: Positive = field(25, "Sampling steps of the preview pictures")
     preview_guidance: Weight = field(2.0, "Guidance weight of the preview pictures")
     average: AverageConfig = AverageConfig()
     unet: UNetConfig = UNetConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
 
     FREE_TO_CHANGE: ClassVar[Sequence[str]] = (
         *TrainingConfig.FREE_TO_CHANGE,
         *("ae", "preview_steps", "preview_guidance"),
     )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "TrainDiffusionConfig":
+        require_fitting(self.schedule, self.parameterization)
+        if self.objective.weighting == "uncertainty":
+            raise ValueError(
+                "--objective.weighting uncertainty cannot be trained yet: take min-snr or simple"
+            )
+        return self
 
 
 class EMAConfig(Config):

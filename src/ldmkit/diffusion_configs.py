@@ -1,13 +1,14 @@
-"""Configs of the second stage: its network, noise schedule and what its file stores.
+"""Configs of the second stage: its network, noise schedule, objective and what its file stores.
 
 Imports no torch.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from ldmkit.fields import Config, Count, Fraction, Positive, field
+from ldmkit.fields import Config, Count, Finite, Fraction, Positive, Weight, field
 
 
 def _listed(depth: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
@@ -104,15 +105,127 @@ class UNetConfig(Config):
         return self
 
 
-ParameterizationName = Literal["epsilon", "v"]
+ParameterizationName = Literal["epsilon", "x0", "v", "flow", "edm"]
+ScheduleName = Literal[
+    "scaled-linear", "linear", "cosine", "sigmoid", "sigmoid-beta", "flow", "edm"
+]
+DistributionName = Literal["uniform", "logit-normal", "log-normal"]
+WeightingName = Literal["simple", "min-snr", "soft-min-snr", "p2", "debiased", "uncertainty"]
+LossKind = Literal["l2", "l1", "huber"]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+CONTINUOUS: tuple[ScheduleName, ...] = ("flow", "edm")
+FIRST_FIELDS = ("timesteps", "beta_start", "beta_end")
 
 
 class ScheduleConfig(Config):
-    """Discrete noise schedule: variances linear in their square root (Rombach et al. 2022)."""
+    """Noise levels, and what the network is told of them (docs/diffusion.md)."""
 
-    timesteps: Positive = field(1000, "Number of noise levels T")
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = field(0.0015, "Noise variance of step 1")
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = field(0.0195, "Noise variance of step T")
+    kind: Literal["auto", ScheduleName] = field(
+        "auto",
+        "Noise levels: discrete (scaled-linear is the paper's) or continuous (flow, edm); auto = flow"
+        " and edm for the parameterizations of that name, else scaled-linear",
+    )
+    timesteps: Positive = field(1000, "Discrete: number of noise levels T")
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = field(
+        0.0015, "Linear kinds and sigmoid-beta: noise variance of step 1"
+    )
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = field(
+        0.0195, "Linear kinds and sigmoid-beta: noise variance of step T"
+    )
+    zero_terminal_snr: bool = field(
+        False, "Discrete: stretch the levels so that the last one is pure noise"
+    )
+    shift: Above0 = field(
+        1.0, "Flow: resolution shift a of the time s, a s / (1 + (a - 1) s); 1 = none"
+    )
+    sigma_min: Above0 = field(0.004, "edm: least noise, in standard deviations of the latents")
+    sigma_max: Above0 = field(160.0, "edm: most noise, in standard deviations of the latents")
+    rho: Above0 = field(
+        7.0, "edm: exponent of the sampling steps; larger = more of them at low noise"
+    )
+
+    @model_validator(mode="after")
+    def _range_rises(self) -> "ScheduleConfig":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError("--schedule.sigma-min must lie below --schedule.sigma-max")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_first_written(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Later fields stand in files only where they say something, so that older files keep their bytes."""
+        defaults = {name: info.default for name, info in type(self).model_fields.items()}
+        return {
+            name: value
+            for name, value in handler(self).items()
+            if name in FIRST_FIELDS or value != defaults[name]
+        }
+
+
+class NoiseDrawConfig(Config):
+    """Which noise levels training sees."""
+
+    distribution: Literal["auto", DistributionName] = field(
+        "auto",
+        "Uniform in the schedule's own time, logit-normal in it, or sigma log-normal; auto = uniform for"
+        " discrete schedules, logit-normal for flow, log-normal for edm",
+    )
+    logit_mean: Finite = field(0.0, "Logit-normal: mean of logit(time); above 0 = more noise")
+    logit_std: Above0 = field(1.0, "Logit-normal: standard deviation of logit(time)")
+    log_mean: Finite = field(
+        -0.507, "Log-normal: mean of ln(sigma), sigma in standard deviations of the latents"
+    )
+    log_std: Above0 = field(1.2, "Log-normal: standard deviation of ln(sigma)")
+    stratified: bool = field(
+        False,
+        "Draw one level from each of as many equal parts of the distribution as a batch has samples",
+    )
+
+
+class ObjectiveConfig(Config):
+    """What training minimises (docs/diffusion.md has formulas and sources)."""
+
+    loss: LossKind = field("l2", "Distance between the network's prediction and its target")
+    huber_c: Above0 = field(
+        0.1, "Huber: error of the prediction at which the square turns into a line"
+    )
+    weighting: WeightingName = field(
+        "simple", "Weight of the noise levels; simple = that of the parameterization's own paper"
+    )
+    min_snr_gamma: Above0 = field(
+        5.0, "min-snr, soft-min-snr: largest weight of the clean latents' squared error"
+    )
+    p2_k: Above0 = field(1.0, "p2: signal-to-noise ratio k below which the weight stays flat")
+    p2_gamma: Weight = field(1.0, "p2: how fast the weight falls above k; 0 = not at all")
+    offset_noise: Weight = field(
+        0.0, "Standard deviation of noise that is one number for each channel; 0 = none"
+    )
+    input_perturbation: Weight = field(
+        0.0, "Further noise in the input alone, as a share of sigma (0.1 in its paper); 0 = none"
+    )
+    draw: NoiseDrawConfig = NoiseDrawConfig()
+
+
+def schedule_name(schedule: ScheduleConfig, parameterization: ParameterizationName) -> ScheduleName:
+    """The kind of schedule that `auto` stands for beside this parameterization."""
+    if schedule.kind != "auto":
+        return schedule.kind
+    return parameterization if parameterization in ("flow", "edm") else "scaled-linear"
+
+
+def require_fitting(schedule: ScheduleConfig, parameterization: ParameterizationName) -> None:
+    """Raise ValueError where a schedule and a parameterization cannot go together."""
+    name = schedule_name(schedule, parameterization)
+    if schedule.zero_terminal_snr and name in CONTINUOUS:
+        raise ValueError(
+            f"--schedule.zero-terminal-snr is for discrete schedules, not {name}: leave it out"
+        )
+    if parameterization == "epsilon" and (schedule.zero_terminal_snr or name == "flow"):
+        culprit = "--schedule.kind flow" if name == "flow" else "--schedule.zero-terminal-snr"
+        raise ValueError(
+            f"{culprit} ends at pure noise, where the noise predicted by --parameterization epsilon says"
+            " nothing of the picture: take v, x0 or flow"
+        )
 
 
 Width = Annotated[float, Field(gt=0, le=0.288)]
@@ -149,3 +262,8 @@ class DiffusionConfig(Config):
     latent_channels: Positive
     classes: Count
     """Number of classes; 0 for a model without class condition."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "DiffusionConfig":
+        require_fitting(self.schedule, self.parameterization)
+        return self

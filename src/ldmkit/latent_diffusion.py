@@ -7,7 +7,7 @@ from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.label import LabelConditioner
 from ldmkit.diffusion.denoiser import denoiser
 from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
-from ldmkit.diffusion.schedule import DiscreteSchedule
+from ldmkit.diffusion.schedule import build_schedule
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.facts import Whitening
 from ldmkit.networks.unet import UNet
@@ -35,8 +35,7 @@ class LatentDiffusion(nn.Module):
         self.unet = UNet(
             config.unet, in_channels=z, out_channels=z, use_tokens=self.label is not None
         )
-        schedule = config.schedule
-        self.schedule = DiscreteSchedule(schedule.timesteps, schedule.beta_start, schedule.beta_end)
+        self.schedule = build_schedule(config.schedule, config.parameterization)
         self.parameterization = PARAMETERIZATIONS[config.parameterization]
 
     def set_whitening(self, whitening: Whitening) -> None:

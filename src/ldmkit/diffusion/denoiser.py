@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ldmkit.diffusion.parameterization import Parameterization
-from ldmkit.diffusion.schedule import DiscreteSchedule
+from ldmkit.diffusion.schedule import Schedule
 from ldmkit.tensors import Latents, Sigmas
 
 Denoise = Callable[[Latents, Sigmas, Any], Latents]
@@ -15,10 +15,10 @@ Denoise = Callable[[Latents, Sigmas, Any], Latents]
 
 def denoiser(
     network: Callable[[Latents, Sigmas, Any], Latents],
-    schedule: DiscreteSchedule,
+    schedule: Schedule,
     parameterization: Parameterization,
 ) -> Denoise:
-    """A network of (scaled latents, t, condition) as a `Denoise`."""
+    """A network of (scaled latents, time input, condition) as a `Denoise`."""
 
     def denoise(x: Latents, sigma: Sigmas, condition: Any) -> Latents:  # noqa: ANN401
         scaling = parameterization(sigma)

@@ -43,10 +43,10 @@ def sample(config: SampleConfig, stream: BufferedIOBase | None = None) -> Path |
     labels = choose_labels(config, facts)
     device = pick_device(config.device)
     model = load_diffusion(config.model, device)
-    if not 1 <= config.steps <= model.schedule.timesteps:
-        raise UsageError(
-            f"--steps {config.steps}: this model takes 1 to {model.schedule.timesteps}"
-        )
+    try:
+        model.schedule.steps(config.steps)
+    except ValueError as error:
+        raise UsageError(f"--steps: {error}") from error
 
     seeds = torch.arange(config.num, dtype=torch.int64) + config.seed
     drawn: list[Latents] = []

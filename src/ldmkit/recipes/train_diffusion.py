@@ -25,6 +25,7 @@ from ldmkit.data.order import (
     seed_for,
 )
 from ldmkit.diffusion.denoiser import guided
+from ldmkit.diffusion.noise_draw import draw_sigmas
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.samplers import sample_ddim
 from ldmkit.diffusion_configs import DiffusionConfig
@@ -131,12 +132,14 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
             batch = latents.read(samples_of_step(step, buckets, config))
             mean, std = batch.mean.to(device).float(), batch.std.to(device).float()
             clean = model.whiten(mean + std * noise(mean))
-            sigma = model.schedule.draw(len(clean), generator).to(device)
+            sigma = draw_sigmas(model.schedule, config.objective.draw, len(clean), generator)
+            sigma = sigma.to(device)
             drop = torch.rand(len(clean), generator=generator) < config.condition_dropout
             with autocast():
                 condition = dropped(model.condition(batch.label), model.null(len(clean)), drop)
                 loss = denoising_loss(
-                    model.denoise, model.parameterization, clean, sigma, noise, condition
+                    *(model.denoise, model.parameterization, clean, sigma, noise, condition),
+                    config.objective,
                 ).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
