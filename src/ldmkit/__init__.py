@@ -17,8 +17,6 @@ if TYPE_CHECKING:
         DecodeConfig,
         EMAConfig,
         EvalAEConfig,
-        ExportConfig,
-        ImportConfig,
         InspectConfig,
         PresetsConfig,
         SampleConfig,
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
         TrainDiffusionConfig,
     )
     from ldmkit.data_configs import CheckConfig, EncodeConfig, SplitConfig
+    from ldmkit.interchange_configs import ExportConfig, ImportConfig
     from ldmkit.recipes.check import check
     from ldmkit.recipes.decode import decode
     from ldmkit.recipes.ema import ema
@@ -73,13 +72,16 @@ __all__ = [
 ]
 
 
-DATA_CONFIGS = ("CheckConfig", "EncodeConfig", "SplitConfig")
+CONFIG_HOMES = {
+    **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
+    **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),
+}
 
 
 def _home(name: str) -> str:
     """The module that defines a public name."""
     if name.endswith("Config"):
-        return "ldmkit.data_configs" if name in DATA_CONFIGS else "ldmkit.configs"
+        return CONFIG_HOMES.get(name, "ldmkit.configs")
     return "ldmkit.assembly" if name.startswith("load_") else f"ldmkit.recipes.{name}"
 
 

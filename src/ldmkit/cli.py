@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 import ldmkit
-from ldmkit import configs, data_configs, terminal
+from ldmkit import configs, data_configs, interchange_configs, terminal
 from ldmkit.configfile import to_toml
 from ldmkit.errors import (
     DataError,
@@ -45,8 +45,8 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "decode": configs.DecodeConfig,
     "inspect": configs.InspectConfig,
     "presets": configs.PresetsConfig,
-    "import": configs.ImportConfig,
-    "export": configs.ExportConfig,
+    "import": interchange_configs.ImportConfig,
+    "export": interchange_configs.ExportConfig,
 }
 """Command -> its config; the function of the same name in `ldmkit` does the work."""
 INPUTS = {"decode": "samples", "train-diffusion": "latents"}

@@ -28,6 +28,7 @@ from ldmkit.diffusion_configs import (
     require_fitting,
 )
 from ldmkit.fields import Config, Count, Fraction, Positive, Weight, argument, field
+from ldmkit.optimization_configs import OptimizationConfig
 
 STREAM = Path("-")
 """Stands for standard input or standard output."""
@@ -201,7 +202,7 @@ class EvalAEConfig(SourceConfig):
         return self
 
 
-class TrainDiffusionConfig(TrainingConfig):
+class TrainDiffusionConfig(TrainingConfig, OptimizationConfig):
     """Train a diffusion model on a set of latents; writes OUT/diffusion.safetensors."""
 
     latents: Path = argument(
@@ -211,8 +212,6 @@ class TrainDiffusionConfig(TrainingConfig):
         Path("runs/ldm"), "Run directory: config, log, previews, checkpoints, model file"
     )
     ae: Path | None = field(None, "Autoencoder file, for preview pictures during training")
-    lr: Annotated[float, Field(gt=0)] = field(1e-4, "Learning rate of AdamW")
-    weight_decay: Weight = field(0.01, "Weight decay of AdamW")
     condition: Literal["auto", "class", "none"] = field(
         "auto", "What the model is told; auto = class where the latents have labels"
     )
@@ -234,14 +233,31 @@ class TrainDiffusionConfig(TrainingConfig):
     FREE_TO_CHANGE: ClassVar[Sequence[str]] = (
         *TrainingConfig.FREE_TO_CHANGE,
         *("ae", "preview_steps", "preview_guidance"),
+        *OptimizationConfig.CHANGES_ROUNDING_ONLY,
+        *OptimizationConfig.ONLY_MEASURES,
     )
 
+    @property
+    def peak_lr(self) -> float:
+        """The largest learning rate: as typed, or for each sample of a batch."""
+        return self.lr * self.batch_size if self.scale_lr else self.lr
+
+    @property
+    def steps_shape_the_run(self) -> bool:
+        """Whether another number of steps would have changed those already done."""
+        return super().steps_shape_the_run or self.lr_decay == "cosine"
+
     @model_validator(mode="after")
-    def _schedule_fits(self) -> "TrainDiffusionConfig":
+    def _training_fits(self) -> "TrainDiffusionConfig":
+        self.require_fitting_schedule(self.steps, self.warmup)
         require_fitting(self.schedule, self.parameterization)
         if self.objective.weighting == "uncertainty":
             raise ValueError(
                 "--objective.weighting uncertainty cannot be trained yet: take min-snr or simple"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
             )
         return self
 
@@ -320,34 +336,4 @@ class PresetsConfig(Config):
 
     command: Literal["train-ae", "train-diffusion"] | None = argument(
         "Command whose presets to list (default: all)", None
-    )
-
-
-class ImportConfig(Config):
-    """Turn an autoencoder of another project (one file, or a diffusers folder) into a file of ldmkit."""
-
-    source: Path = argument(
-        "File of the original layout (.safetensors, .ckpt, .pt, .pth), or folder of diffusers"
-    )
-    out: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file", short="-o")
-    size: Positive | None = field(
-        None, "Picture size it was trained on, pixels (default: what the source says, or 256)"
-    )
-
-
-class ExportConfig(Config):
-    """Write an autoencoder so that other projects read it, and check that by running both."""
-
-    ae: Path = argument("Autoencoder file")
-    to: Literal["diffusers", "ldm"] = field(
-        "diffusers", "A folder for diffusers, or one file in the original layout and a .yaml beside"
-    )
-    out: Path = field(Path("runs/exported"), "Folder, or file (ldm)", short="-o")
-    latents: Path | None = field(
-        None, "Latent set of this autoencoder, whose statistics become the scale of the latents"
-    )
-    scale: Literal["scalar", "channel"] = field(
-        "scalar",
-        "That scale: scaling_factor and shift_factor, or latents_mean and latents_std for each "
-        "channel (read by fewer pipelines of diffusers)",
     )

@@ -6,12 +6,12 @@ Every distribution is a function of one uniform number, so that each can be draw
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ldmkit.diffusion.schedule import Schedule
 from ldmkit.diffusion_configs import NoiseDrawConfig
-from ldmkit.tensors import Scalar, Sigmas
+from ldmkit.tensors import Sigmas
 
 LEVELS = 10
 MARGIN = 1e-9
@@ -62,22 +62,23 @@ def log_normal_levels(schedule: Schedule, config: NoiseDrawConfig, uniform: Unif
     return sigma.clamp(schedule.lowest, schedule.highest)
 
 
-def loss_by_level(sigma: Sigmas, losses: Sigmas, schedule: Schedule) -> dict[str, Scalar]:
-    """Mean loss of each tenth of the schedule's own time that occurs, `loss_level_0` the least noisy.
+def even_sigmas(
+    schedule: Schedule, config: NoiseDrawConfig, count: int, generator: torch.Generator
+) -> Sigmas:
+    """`count` levels evenly spaced in the distribution, in random order: a draw without its chance."""
+    name = schedule.usual_draw if config.distribution == "auto" else config.distribution
+    middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    levels = DISTRIBUTIONS[name](schedule, config, middle).float()
+    return levels[torch.randperm(count, generator=generator)]
+
+
+def level_of(schedule: Schedule, sigma: Sigmas) -> Int[Tensor, " batch"]:
+    """The tenth of the schedule's own time that each noise level lies in, 0 the least noisy.
 
     For a discrete schedule these are the tenths of its T steps, hence of a uniform draw.
-
-    Args:
-        sigma: noise level of each sample. On the CPU, asking which levels occur waits for no device.
-        losses: of each sample; may lie on another device.
-        schedule: of the model.
     """
     edges = schedule.sigma_at(torch.linspace(0.0, 1.0, LEVELS + 1, dtype=torch.float64)[1:-1])
-    level = torch.bucketize(sigma, edges.float().to(sigma.device), right=True)
-    return {
-        f"loss_level_{number}": losses[(level == number).to(losses.device)].mean()
-        for number in level.unique().tolist()
-    }
+    return torch.bucketize(sigma, edges.float().to(sigma.device), right=True)
 
 
 DISTRIBUTIONS: dict[str, Callable[[Schedule, NoiseDrawConfig, Uniform], Uniform]] = {

@@ -9,10 +9,10 @@ import safetensors.torch
 from ldmkit.assembly import autoencoder_facts, load_autoencoder, require_same_autoencoder
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
-from ldmkit.configs import ExportConfig
 from ldmkit.durable import atomic_directory, atomic_file
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import Whitening
+from ldmkit.interchange_configs import ExportConfig
 from ldmkit.interop import diffusers_layout, ldm_layout
 from ldmkit.interop.layout import Tensors
 from ldmkit.interop.parity import compare, diffusers_model, ours, require_parity

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ldmkit.assembly import save_autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
-from ldmkit.configs import ImportConfig
 from ldmkit.errors import UsageError
+from ldmkit.interchange_configs import ImportConfig
 from ldmkit.interop.reading import read_autoencoder
 from ldmkit.terminal import say
 

@@ -2,6 +2,7 @@
 
 from io import BufferedIOBase
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,31 +15,42 @@ from ldmkit.assembly import (
     save_diffusion,
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
-from ldmkit.conditioning.condition import dropped, stacked
+from ldmkit.conditioning.condition import stacked
 from ldmkit.configs import STREAM, TrainDiffusionConfig
+from ldmkit.data.latent_batches import samples_of_step, training_buckets
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.latent_stream import receive_latents
-from ldmkit.data.order import (
-    bucketed_indices_of_step,
-    generator_for,
-    indices_of_step,
-    seed_for,
-)
+from ldmkit.data.order import generator_for, seed_for
 from ldmkit.diffusion.denoiser import guided
-from ldmkit.diffusion.noise_draw import draw_sigmas
-from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.samplers import sample_ddim
 from ldmkit.diffusion_configs import DiffusionConfig
-from ldmkit.errors import InterruptedRun, UsageError
+from ldmkit.diffusion_step import (
+    Learner,
+    add_gradients,
+    divided,
+    draw_batch,
+    measured,
+)
+from ldmkit.errors import InterruptedRun, NonFiniteError, UsageError
 from ldmkit.facts import DiffusionFacts, Manifest
+from ldmkit.held_back import VALIDATED, HeldBack, as_sentence, held_back_latents, validate
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
+from ldmkit.networks.unet import Stage
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
 from ldmkit.training.averages import averaged_copy, decay_at, update_average
 from ldmkit.training.checkpoint import TrainingState
+from ldmkit.training.guard import PATIENCE, NonFiniteGuard, step_if
 from ldmkit.training.interruption import Interruption
-from ldmkit.training.optimization import learning_rate, set_learning_rate
+from ldmkit.training.optimization import (
+    gradient_norm,
+    learning_rate,
+    lr_decay,
+    set_learning_rate,
+)
+from ldmkit.training.optimizers import build_optimizers, parameters_of
+from ldmkit.training.recomputation import compilation_explained, recompute
 from ldmkit.training.run import due, finished, open_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
@@ -51,6 +63,17 @@ from ldmkit.training.snapshots import (
 
 WEIGHTS, NOISE, GLOBAL, PREVIEW = 2, 3, 4, 5  # places in the seed tree
 PREVIEWS, COLUMNS = 16, 8
+NAMED = 8
+"""Samples whose keys are told when an update is left out."""
+
+
+class Data(NamedTuple):
+    """What is trained on, and what the validation loss is measured on."""
+
+    latents: LatentSet
+    buckets: list[np.ndarray]
+    """Samples to train on, apart by the shape of their latents."""
+    held_back: HeldBack | None
 
 
 def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None = None) -> Path:
@@ -65,8 +88,9 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
 
     Raises:
         DataError: the latent set is unfinished or damaged, or not of the autoencoder given.
-        UsageError: OUT holds a run with other settings.
+        UsageError: OUT holds a run with other settings, or the network cannot be compiled.
         InterruptedRun: a signal asked to stop; the state is saved.
+        NonFiniteError: too many updates in a row had to be left out; the state is saved.
     """
     result = config.out / "diffusion.safetensors"
     if finished(config, result):
@@ -74,110 +98,178 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
     device = pick_device(config.device)
     latents = LatentSet(latents_of(config, stream))
     manifest = latents.manifest
-    buckets = training_buckets(latents, config.holdout)
+    training = latents.training_indices(config.holdout)
     model_config = diffusion_config(config, latents)
     told = f"{model_config.classes} classes" if model_config.classes else "no condition"
-    count = sum(len(indices) for indices in buckets)
     shapes = ", ".join(str(shape) for shape in latents.shapes)
-    say(f"{count} latents of {shapes} from {config.latents}, {told}")
+    say(f"{len(training)} latents of {shapes} from {config.latents}, {told}")
+    if config.scale_lr:
+        say(f"learning rate {config.peak_lr:g} = {config.lr:g} x {config.batch_size} samples")
+    held_back = held_back_latents(config, latents, training)
     autoencoder = None
     if config.ae is not None:
         require_same_autoencoder(manifest.recipe["autoencoder"], config.ae, str(config.latents))
         autoencoder = load_autoencoder(config.ae, device)
     open_run(config)
 
-    torch.manual_seed(seed_for(config.seed, WEIGHTS))
-    model = build_diffusion(model_config)
-    model.set_whitening(manifest.whitening)
-    model.to(device)
-    average, tracked = averaged_copy(model), tracked_averages(model, config.average)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
-    )
-    modules = {"model": model, "average": average, **tracked}
-    state = TrainingState(config.out, modules, {"model": optimizer})
-    start = state.load_latest(device)
-    drop_snapshots_after(config.out, start)
-    log = RunLog(config.out, start, tensorboard=config.tensorboard)
-    autocast = autocast_for(device, config.precision)
+    learner = build_learner(config, model_config, manifest, device)
+    data = Data(latents, training_buckets(latents, training), held_back)
+    quality = train(config, learner, data, autoencoder)
 
-    means: dict[str, float] = {}
-    with (
-        Interruption() as stop,
-        track("train-diffusion", config.steps, done=start, unit="step") as progress,
-    ):
-        for step in range(start, config.steps + 1):
-            saving = stop.requested or due(step, config.save_every, config.steps)
-            if saving or due(step, config.log_every, config.steps):
-                means = log.write_means(step, config.batch_size) or means
-            if autoencoder and due(step, config.sample_every, config.steps) and step > start:
-                pixels = preview(average, autoencoder, manifest, config)
-                log.picture(step, "samples", grid(pixels, COLUMNS))
-            if tracked and step > 0 and due(step, config.average.snapshots, config.steps):
-                latents.wait_until_verified()
-                facts = facts_after(step, config, manifest, model_config, count)
-                save_snapshot(config.out, step, tracked, model_config, facts, config.average)
-            if saving:
-                latents.wait_until_verified()  # nothing learnt from damaged latents is kept
-                log.flush()
-                state.save(step)
-            if step == config.steps:
-                break
-            if stop.requested:
-                raise InterruptedRun(f"stopped and saved before step {step}; run again to go on")
-
-            torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
-            generator = generator_for(config.seed, NOISE, step)
-            noise = noise_from(generator)
-            batch = latents.read(samples_of_step(step, buckets, config))
-            mean, std = batch.mean.to(device).float(), batch.std.to(device).float()
-            clean = model.whiten(mean + std * noise(mean))
-            sigma = draw_sigmas(model.schedule, config.objective.draw, len(clean), generator)
-            sigma = sigma.to(device)
-            drop = torch.rand(len(clean), generator=generator) < config.condition_dropout
-            with autocast():
-                condition = dropped(model.condition(batch.label), model.null(len(clean)), drop)
-                loss = denoising_loss(
-                    *(model.denoise, model.parameterization, clean, sigma, noise, condition),
-                    config.objective,
-                ).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            set_learning_rate(optimizer, learning_rate(config.lr, step, config))
-            optimizer.step()
-            update_average(average, model, decay_at(step, config.average))
-            update_tracked(tracked, model, step)
-            log.add({"loss": loss})
-            progress.advance(note=f"loss {means['loss']:.4f}" if means else "")
-
-    facts = facts_after(config.steps, config, manifest, model_config, count)
-    save_diffusion(result, average, facts)
+    facts = facts_after(config.steps, config, learner, data, quality)
+    save_diffusion(result, learner.average, facts)
     return result
 
 
 def facts_after(
-    step: int,
-    config: TrainDiffusionConfig,
-    manifest: Manifest,
-    model_config: DiffusionConfig,
-    count: int,
+    step: int, config: TrainDiffusionConfig, learner: Learner, data: Data, quality: dict[str, float]
 ) -> DiffusionFacts:
-    """The facts of a model after so many steps on `count` latents."""
-    chosen = {"ema": {"decay": config.average.decay}, "power": {"width": config.average.width}}
+    """The facts of a model after so many steps."""
+    manifest, average = data.latents.manifest, config.average
+    chosen = {"ema": {"decay": average.decay}, "power": {"width": average.width}}
+    trained: dict[str, object] = {
+        "latents": sum(len(indices) for indices in data.buckets),
+        "steps": step,
+        "seen": step * config.batch_size,
+        "average": {"kind": average.kind} | chosen[average.kind],
+        "condition_dropout": config.condition_dropout,
+        **{name: quality[name] for name in VALIDATED if quality},
+    }
+    if config.scale_lr:
+        trained["learning_rate"] = config.peak_lr
+    if int(learner.guard.skipped):
+        trained["skipped_updates"] = int(learner.guard.skipped)
     return DiffusionFacts(
         fingerprint="",
         autoencoder=manifest.recipe["autoencoder"],
         latent_shape=manifest.latent_shape,
         whitening=manifest.whitening,
-        class_names=manifest.class_names if model_config.classes else (),
-        trained={
-            "latents": count,
-            "steps": step,
-            "seen": step * config.batch_size,
-            "average": {"kind": config.average.kind} | chosen[config.average.kind],
-            "condition_dropout": config.condition_dropout,
-        },
+        class_names=manifest.class_names if learner.model.config.classes else (),
+        trained=trained,
         versions=versions(),
+    )
+
+
+def train(
+    config: TrainDiffusionConfig, learner: Learner, data: Data, autoencoder: Autoencoder | None
+) -> dict[str, float]:
+    """Carry the run from its newest checkpoint to its end; returns the losses on held-back latents.
+
+    Raises:
+        InterruptedRun: a signal asked to stop; the state is saved.
+        NonFiniteError: too many updates in a row had to be left out; the state is saved.
+    """
+    model, average, tracked, guard, optimizers, autocast = learner
+    weights = parameters_of(optimizers.values())
+    modules = {"model": model, "average": average, "guard": guard, **tracked}
+    state = TrainingState(config.out, modules, optimizers)
+    start = state.load_latest(model.latent_mean.device)
+    drop_snapshots_after(config.out, start)
+    log = RunLog(config.out, start, tensorboard=config.tensorboard)
+    means: dict[str, float] = {}
+    quality: dict[str, float] = {}
+    rate = 0.0
+    with (
+        Interruption() as stop,
+        track("train-diffusion", config.steps, done=start, unit="step") as progress,
+    ):
+        for step in range(start, config.steps + 1):
+            last = step == config.steps
+            saving = stop.requested or due(step, config.save_every, config.steps)
+            logging = saving or due(step, config.log_every, config.steps)
+            looking = logging or guard.look_is_due(step)
+            trouble = look_at(guard, data.latents) if looking else None
+            if logging or trouble:
+                also = {"learning_rate": rate, "skipped_updates": float(guard.skipped)}
+                means = log.write_means(step, config.batch_size, also) or means
+            if autoencoder and due(step, config.sample_every, config.steps) and step > start:
+                pixels = preview(average, autoencoder, data.latents.manifest, config)
+                log.picture(step, "samples", grid(pixels, COLUMNS))
+            measuring = due(step, config.validate_every, config.steps) and (step > start or last)
+            if data.held_back and measuring:
+                quality = validate(data.held_back, average, autocast, config.objective)
+                log.write(step, quality)
+                say(f"step {step}: {as_sentence(quality)}")
+            if tracked and step > 0 and due(step, config.average.snapshots, config.steps):
+                data.latents.wait_until_verified()
+                facts = facts_after(step, config, learner, data, {})
+                save_snapshot(config.out, step, tracked, model.config, facts, config.average)
+            if saving or trouble:
+                data.latents.wait_until_verified()  # nothing learnt from damaged latents is kept
+                log.flush()
+                state.save(step)
+            if trouble:
+                raise trouble
+            if last:
+                break
+            if stop.requested:
+                raise InterruptedRun(f"stopped and saved before step {step}; run again to go on")
+
+            torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
+            indices = samples_of_step(
+                step, data.buckets, batch_size=config.batch_size, seed=config.seed
+            )
+            generator = generator_for(config.seed, NOISE, step)
+            read = data.latents.read(indices)
+            batch = draw_batch(model, read, generator, config)
+            rate = learning_rate(config.peak_lr, step, config) * lr_decay(step, config)
+            for optimizer in optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+                set_learning_rate(optimizer, rate)
+            with compilation_explained():
+                losses = add_gradients(learner, divided(batch, config.accumulate), config.objective)
+            norm = gradient_norm(weights, config.clip_norm)
+            sound = guard.judge(step, indices, losses, norm)
+            for optimizer in optimizers.values():
+                step_if(sound, optimizer)
+            update_average(average, model, decay_at(step, config.average))
+            update_tracked(tracked, model, step)
+            log.add({}, measured(losses, norm, sound, batch.bins))
+            progress.advance(note=f"loss {means['loss']:.4f}" if "loss" in means else "")
+    return quality
+
+
+def build_learner(
+    config: TrainDiffusionConfig,
+    model_config: DiffusionConfig,
+    manifest: Manifest,
+    device: torch.device,
+) -> Learner:
+    """A model with fresh weights, its average, and its optimizers."""
+    torch.manual_seed(seed_for(config.seed, WEIGHTS))
+    model = build_diffusion(model_config)
+    model.set_whitening(manifest.whitening)
+    model.to(device)
+    average = averaged_copy(model)  # before what follows, which is for training alone
+    if config.checkpointing:
+        recompute(part for part in model.unet.modules() if isinstance(part, Stage))
+    if config.compile:
+        model.unet.compile()
+    return Learner(
+        model=model,
+        average=average,
+        tracked=tracked_averages(model, config.average),
+        guard=NonFiniteGuard(),
+        optimizers=build_optimizers(model, config),
+        autocast=autocast_for(device, config.precision),
+    )
+
+
+def look_at(guard: NonFiniteGuard, latents: LatentSet) -> NonFiniteError | None:
+    """Name the samples of updates that were left out; an error if these are too many in a row."""
+    skipped, exhausted = guard.look()
+    keys = list(latents.texts("key")) if skipped else []
+    names = ""
+    for step, indices in skipped:
+        more = f" and {len(indices) - NAMED} more" if len(indices) > NAMED else ""
+        names = ", ".join(keys[index] for index in indices[:NAMED]) + more
+        say(f"step {step}: loss or gradient is not finite, so no update; samples {names}")
+    if not exhausted:
+        return None
+    return NonFiniteError(
+        f"{PATIENCE} updates in a row had a loss or gradient that is not finite, the last one at step "
+        f"{skipped[-1].step} with {names}; the weights from before are saved: look at these latents "
+        "(ldmkit inspect), or take a lower --lr in a new run; run again to try the next samples"
     )
 
 
@@ -193,31 +285,6 @@ def latents_of(config: TrainDiffusionConfig, stream: BufferedIOBase | None) -> P
         raise UsageError("latents is `-`, and no stream was given to read from")
     open_run(config)
     return receive_latents(stream, config.out / "latents")
-
-
-def training_buckets(latents: LatentSet, holdout: float) -> list[np.ndarray]:
-    """The samples to train on, apart by the shape of their latents.
-
-    Raises:
-        DataError: there are none.
-    """
-    training = latents.training_indices(holdout)
-    if len(latents.shapes) == 1:
-        return [training]
-    buckets = [np.intersect1d(training, indices) for indices in latents.shapes.values()]
-    return [indices for indices in buckets if len(indices)]
-
-
-def samples_of_step(
-    step: int, buckets: list[np.ndarray], config: TrainDiffusionConfig
-) -> np.ndarray:
-    """Indices of the samples of a step, all of one shape."""
-    counts, size, seed = [len(indices) for indices in buckets], config.batch_size, config.seed
-    if len(buckets) == 1:
-        bucket, places = 0, indices_of_step(step, count=counts[0], batch_size=size, seed=seed)
-    else:
-        bucket, places = bucketed_indices_of_step(step, counts=counts, batch_size=size, seed=seed)
-    return buckets[bucket][[index for index, _ in places]]
 
 
 @torch.no_grad()

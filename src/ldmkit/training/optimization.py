@@ -1,9 +1,14 @@
 """Learning rate and gradient norms."""
 
+import math
+from collections.abc import Iterable
+
 import torch
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ldmkit.configs import TrainingConfig
+from ldmkit.configs import TrainDiffusionConfig, TrainingConfig
+from ldmkit.tensors import Scalar
 
 
 def learning_rate(peak: float, step: int, config: TrainingConfig) -> float:
@@ -11,6 +16,21 @@ def learning_rate(peak: float, step: int, config: TrainingConfig) -> float:
     rise = (step + 1) / max(config.warmup, 1)
     fall = (config.steps - step) / max(config.cooldown, 1)
     return peak * min(1.0, rise, fall)
+
+
+def lr_decay(step: int, config: TrainDiffusionConfig) -> float:
+    """What the learning rate of a step is multiplied by beside warm-up and cooldown, 0 to 1.
+
+    cosine: (1 + cos(pi s)) / 2, s the share of the way from where it begins to the last step
+    (Loshchilov and Hutter 2017). inverse-sqrt: sqrt(begin / max(step, begin)) (Vaswani et al. 2017;
+    Karras et al. 2024, Eq. 15).
+    """
+    begin = config.decay_start or config.warmup
+    if config.lr_decay == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * max(step - begin, 0) / (config.steps - begin))
+    if config.lr_decay == "inverse-sqrt":
+        return math.sqrt(begin / max(step, begin))
+    return 1.0
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
@@ -24,3 +44,16 @@ def clip_gradients(optimizer: Optimizer, norm: float) -> None:
     if norm > 0:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def gradient_norm(parameters: Iterable[Parameter], clip_norm: float) -> Scalar:
+    """The norm of all gradients together, which are then scaled down to `clip_norm`; 0 = they stay.
+
+    Not finite if any gradient is not. Nothing waits for the device.
+    """
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm

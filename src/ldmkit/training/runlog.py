@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,17 @@ from torch import Tensor
 from ldmkit.durable import atomic_file, write_text
 from ldmkit.errors import NonFiniteError, UsageError
 from ldmkit.pixels import Sheet, save_png
+
+
+class Weighted(NamedTuple):
+    """Sums over as many things as `number` says, with which the mean between two lines is taken.
+
+    Of several numbers (both `[n]`) each has its own name, NAME_0 and so on. What nothing was counted
+    of is left out of the line.
+    """
+
+    total: Tensor
+    number: Tensor
 
 
 class RunLog:
@@ -31,18 +43,40 @@ class RunLog:
         self.file = run / "metrics.jsonl"
         self._cut(start)
         self._sums: dict[str, tuple[Tensor, int]] = {}  # total, and how many steps had it
+        self._weighted: dict[str, Weighted] = {}
         self._count, self._since = 0, time.monotonic()
         self._events = _tensorboard_writer(run / "tensorboard", start) if tensorboard else None
 
-    def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """Add one step's scalars; they stay on their device until a line is due."""
+    def add(
+        self, scalars: Mapping[str, Tensor], weighted: Mapping[str, Weighted] | None = None
+    ) -> None:
+        """Add one step's scalars; they stay on their device until a line is due.
+
+        Args:
+            scalars: the line gets their means over the steps.
+            weighted: the line gets total over number.
+        """
+        for name, value in (weighted or {}).items():
+            former = self._weighted.get(name)
+            total, count = value.total.detach(), value.number
+            sums = (
+                (total, count) if former is None else (former.total + total, former.number + count)
+            )
+            self._weighted[name] = Weighted(*sums)
         for name, value in scalars.items():
             total, count = self._sums.get(name, (torch.zeros_like(value), 0))
             self._sums[name] = (total + value.detach(), count + 1)
         self._count += 1
 
-    def write_means(self, step: int, batch_size: int) -> dict[str, float]:
-        """Write the averages since the last line, and the rate; returns them.
+    def write_means(
+        self, step: int, batch_size: int, also: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
+        """Write the averages since the last line, and the rate; returns the averages.
+
+        Args:
+            step: before which the line is written.
+            batch_size: samples of each step.
+            also: further numbers for the same line.
 
         Raises:
             NonFiniteError: one of them is not a finite number.
@@ -56,10 +90,12 @@ class RunLog:
                     f"{name} became {value} between steps {step - self._count} and {step}; the last "
                     "checkpoint is from before: lower --lr, or look at the data there, and run again"
                 )
+        for name, value in self._weighted.items():
+            means |= _means_of(name, value)
         now = time.monotonic()
         rate = self._count * batch_size / max(now - self._since, 1e-9)
-        self._sums, self._count, self._since = {}, 0, now
-        self.write(step, means | {"images_per_second": rate})
+        self._sums, self._weighted, self._count, self._since = {}, {}, 0, now
+        self.write(step, {**means, **(also or {}), "images_per_second": rate})
         return means
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -96,6 +132,13 @@ class RunLog:
             except (ValueError, KeyError):
                 continue  # a line that a killed process left half written
         write_text(self.file, "".join(kept))
+
+
+def _means_of(name: str, value: Weighted) -> dict[str, float]:
+    totals, counts = value.total.flatten().tolist(), value.number.flatten().tolist()
+    names = [name] if value.total.ndim == 0 else [f"{name}_{i}" for i in range(len(totals))]
+    rows = zip(names, totals, counts, strict=True)
+    return {key: total / count for key, total, count in rows if count}
 
 
 def _tensorboard_writer(directory: Path, start: int):  # noqa: ANN202 - the class is an extra's

@@ -1,0 +1,148 @@
+"""One step of the second stage: a batch with everything random about it, its losses, its gradients.
+
+All that is random is drawn for the whole batch before it is divided into parts, so that the parts see
+the same samples, noise levels and noise however many they are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ldmkit.conditioning.condition import dropped
+from ldmkit.configs import TrainDiffusionConfig
+from ldmkit.data.latent_set import LatentBatch
+from ldmkit.diffusion.noise_draw import LEVELS, draw_sigmas, level_of
+from ldmkit.diffusion.objective import denoising_loss
+from ldmkit.diffusion_configs import ObjectiveConfig
+from ldmkit.latent_diffusion import LatentDiffusion
+from ldmkit.tensors import Labels, Latents, Mask, Noise, Scalar, Sigmas
+from ldmkit.training.guard import NonFiniteGuard
+from ldmkit.training.runlog import Weighted
+from ldmkit.training.runtime import noise_from
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+class Learner(NamedTuple):
+    """Everything of the second stage that learns, and what it learns by."""
+
+    model: LatentDiffusion
+    average: LatentDiffusion
+    tracked: Mapping[str, LatentDiffusion]
+    """Averages of which snapshots are written."""
+    guard: NonFiniteGuard
+    optimizers: Mapping[str, Optimizer]
+    autocast: Autocast
+
+
+class Part(NamedTuple):
+    """A batch, or as much of one as goes through the network at once."""
+
+    latents: Latents
+    """Clean and whitened."""
+    labels: Labels
+    sigma: Sigmas
+    drop: Mask
+    """Which samples are told nothing."""
+    bins: Int[Tensor, " batch"]
+    """Of the noise levels."""
+    noise: Noise
+
+
+def draw_batch(
+    model: LatentDiffusion,
+    batch: LatentBatch,
+    generator: torch.Generator,
+    config: TrainDiffusionConfig,
+) -> Part:
+    """Everything random about a batch, in a fixed order.
+
+    Args:
+        model: its device, whitening and schedule.
+        batch: as read.
+        generator: of the step.
+        config: distribution of the noise levels, and the share of samples that are told nothing.
+    """
+    device = model.latent_mean.device
+    noise = noise_from(generator)
+    mean, std = batch.mean.to(device).float(), batch.std.to(device).float()
+    latents = model.whiten(mean + std * noise(mean))
+    sigma = draw_sigmas(model.schedule, config.objective.draw, len(latents), generator)
+    drop = torch.rand(len(latents), generator=generator) < config.condition_dropout
+    bins = level_of(model.schedule, sigma).to(device)
+    return Part(latents, batch.label, sigma.to(device), drop, bins, noise)
+
+
+def divided(batch: Part, count: int) -> list[Part]:
+    """So many parts of equal size."""
+    columns = [column.chunk(count) for column in batch[:-1]]
+    sources = noise_of_parts(batch.noise, count)
+    return [Part(*rows) for rows in zip(*columns, sources, strict=True)]
+
+
+def noise_of_parts(noise: Noise, count: int) -> list[Noise]:
+    """Sources of noise for equal parts of a batch, which together get what the whole batch would.
+
+    Each part has to ask for the same noise in the same order.
+    """
+    drawn: list[Tensor] = []
+
+    def source(number: int) -> Noise:
+        asked = iter(range(1 << 62))
+
+        def of_part(like: Tensor) -> Tensor:
+            place = next(asked)
+            if place == len(drawn):
+                drawn.append(noise(like.new_empty((count * len(like), *like.shape[1:]))))
+            return drawn[place].chunk(count)[number]
+
+        return of_part
+
+    return [source(number) for number in range(count)]
+
+
+def add_gradients(learner: Learner, parts: Sequence[Part], objective: ObjectiveConfig) -> Sigmas:
+    """The gradient of the batch's mean loss, added up part by part; returns each sample's loss."""
+    model, losses = learner.model, []
+    for part in parts:
+        with learner.autocast():
+            condition = model.condition(part.labels)
+            told = dropped(condition, model.null(len(part.latents)), part.drop)
+            loss = denoising_loss(
+                model.denoise,
+                model.parameterization,
+                part.latents,
+                part.sigma,
+                part.noise,
+                told,
+                objective,
+            )
+        (loss.mean() / len(parts)).backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
+
+
+def losses_by_bin(losses: Sigmas, bins: Int[Tensor, " batch"]) -> Weighted:
+    """Sum and number of the losses at each noise level; what is not finite does not count."""
+    finite = losses.isfinite()
+    members = F.one_hot(bins, LEVELS).to(losses.dtype) * finite[:, None]
+    values = torch.where(finite, losses, 0.0)
+    return Weighted((members * values[:, None]).sum(0), members.sum(0))
+
+
+def measured(
+    losses: Sigmas, norm: Scalar, sound: Bool[Tensor, ""], bins: Int[Tensor, " batch"]
+) -> dict[str, Weighted]:
+    """What a step adds to the log: nothing but losses by noise level if its update was left out."""
+    zero, count = torch.zeros_like(norm), sound.to(norm.dtype)
+    return {
+        "loss": Weighted(torch.where(sound, losses.mean(), zero), count),
+        "loss_by_noise": losses_by_bin(losses, bins),
+        "gradient_norm": Weighted(torch.where(sound, norm, zero), count),
+    }

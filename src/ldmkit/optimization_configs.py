@@ -1,0 +1,76 @@
+"""How the diffusion model's weights are moved, and how one sees whether it learns.
+
+Imports no torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ldmkit.fields import Config, Fraction, Positive, Weight, field
+
+ADAM_BETAS = (0.9, 0.999)
+
+
+class OptimizationConfig(Config):
+    """Optimizer, learning rate, memory and validation of `train-diffusion`."""
+
+    lr: Annotated[float, Field(gt=0)] = field(
+        1e-4,
+        "Largest learning rate; of adafactor relative to the size of each weight (1e-2 is usual)",
+    )
+    scale_lr: bool = field(
+        False, "Multiply --lr by --batch-size, as the paper does; the product is printed and stored"
+    )
+    lr_decay: Literal["constant", "cosine", "inverse-sqrt"] = field(
+        "constant", "What the learning rate does after the warm-up, before the cooldown"
+    )
+    decay_start: Positive | None = field(
+        None, "Step at which --lr-decay begins (default: the end of the warm-up)"
+    )
+    optimizer: Literal["adamw", "adafactor", "muon"] = field(
+        "adamw",
+        "muon moves the matrices of linear layers, and AdamW all other weights; adafactor keeps less",
+    )
+    betas: tuple[Fraction, Fraction] = field(ADAM_BETAS, "Decay of AdamW's two moments")
+    weight_decay: Weight = field(0.01, "Weight decay, times the learning rate in each step")
+    decay_all: bool = field(
+        True, "Decay all weights, as the paper's code does; without, not those of norms and biases"
+    )
+    clip_norm: Weight = field(0.0, "Largest norm of the gradient of all weights; 0 = no limit")
+    accumulate: Positive = field(
+        1, "Parts in which a batch goes through the network one after the other, to save memory"
+    )
+    checkpointing: bool = field(
+        False, "Compute activations again in the backward pass instead of keeping them"
+    )
+    compile: bool = field(False, "Compile the network with torch.compile (minutes, then faster)")
+    validation_latents: Path | None = field(
+        None, "Latent set to measure the validation loss on (default: what --holdout keeps back)"
+    )
+    validate_every: Positive = field(1_000, "Steps between measurements of the validation loss")
+    validate_num: Positive = field(256, "Largest number of latents it is measured on")
+
+    CHANGES_ROUNDING_ONLY: ClassVar[Sequence[str]] = ("accumulate", "checkpointing", "compile")
+    ONLY_MEASURES: ClassVar[Sequence[str]] = (
+        *("validation_latents", "validate_every", "validate_num"),
+    )
+
+    def require_fitting_schedule(self, steps: int, warmup: int) -> None:
+        """Raise ValueError if the settings contradict one another, or a run of so many steps."""
+        start = self.decay_start or warmup
+        if self.lr_decay == "constant" and self.decay_start:
+            raise ValueError("--decay-start needs --lr-decay cosine or inverse-sqrt")
+        if self.lr_decay == "inverse-sqrt" and not start:
+            raise ValueError(
+                "--lr-decay inverse-sqrt needs --decay-start, the step from which on it falls, or "
+                "--warmup"
+            )
+        if self.lr_decay == "cosine" and start >= steps:
+            raise ValueError(
+                f"--lr-decay cosine has to begin (step {start}) before the last step ({steps})"
+            )
+        if self.optimizer == "adafactor" and self.betas != ADAM_BETAS:
+            raise ValueError("--betas are AdamW's: adafactor has none")

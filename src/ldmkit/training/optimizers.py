@@ -1,0 +1,89 @@
+"""The optimizers by name, as torch ships them, and which weights each of them moves."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from ldmkit.configs import TrainDiffusionConfig
+
+Groups = list[dict[str, object]]
+
+
+def build_optimizers(module: nn.Module, config: TrainDiffusionConfig) -> dict[str, Optimizer]:
+    """The optimizers that move a module's weights, each weight in exactly one of them.
+
+    Weights that need no gradient are in none.
+
+    Args:
+        module: what is trained.
+        config: `optimizer`, `peak_lr`, `betas`, `weight_decay`, `decay_all`.
+
+    Returns:
+        Name -> optimizer; "model" is always there, and "muon" beside it.
+    """
+    return OPTIMIZERS[config.optimizer](module, config)
+
+
+def adamw(module: nn.Module, config: TrainDiffusionConfig) -> dict[str, Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) for all weights."""
+    return {"model": _adamw(_trained(module), config)}
+
+
+def adafactor(module: nn.Module, config: TrainDiffusionConfig) -> dict[str, Optimizer]:
+    """Adafactor (Shazeer and Stern 2018): a step is `lr` times the size (RMS) of the weight."""
+    groups = _groups(_trained(module), config)
+    return {"model": torch.optim.Adafactor(groups, config.peak_lr)}
+
+
+def muon(module: nn.Module, config: TrainDiffusionConfig) -> dict[str, Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of linear layers, AdamW for everything else.
+
+    A step of Muon is scaled to the RMS of AdamW's (Liu et al. 2025, "Muon is scalable"), so that one
+    learning rate serves both. Tables of embeddings and convolutions are AdamW's.
+    """
+    linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
+    trained = _trained(module)
+    matrices = [p for p in trained if id(p) in linear]
+    rest = [p for p in trained if id(p) not in linear]
+    return {
+        "model": _adamw(rest, config),
+        "muon": torch.optim.Muon(
+            matrices,
+            config.peak_lr,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+    }
+
+
+def _adamw(parameters: list[Parameter], config: TrainDiffusionConfig) -> Optimizer:
+    groups = _groups(parameters, config)
+    return torch.optim.AdamW(groups, config.peak_lr, config.betas, fused=True)
+
+
+def _groups(parameters: list[Parameter], config: TrainDiffusionConfig) -> Groups:
+    """All in one group, or norms and biases (whatever is a vector) in one without decay."""
+    decayed = [p for p in parameters if config.decay_all or p.ndim > 1]
+    plain = [p for p in parameters if not config.decay_all and p.ndim <= 1]
+    groups = [(decayed, config.weight_decay), (plain, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def _trained(module: nn.Module) -> list[Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def parameters_of(optimizers: Iterable[Optimizer]) -> list[Parameter]:
+    """Every weight that these optimizers move."""
+    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, TrainDiffusionConfig], dict[str, Optimizer]]] = {
+    "adamw": adamw,
+    "adafactor": adafactor,
+    "muon": muon,
+}
+"""Keep in step with `configs.TrainDiffusionConfig.optimizer`; a test compares them."""
