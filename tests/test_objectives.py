@@ -10,9 +10,8 @@ from pydantic import ValidationError
 from scipy import stats
 
 from ldmkit.configs import TrainDiffusionConfig
-from ldmkit.diffusion.baselines import EXPECTED, linear_loss, zero_loss
 from ldmkit.diffusion.denoiser import denoiser
-from ldmkit.diffusion.noise_draw import DISTRIBUTIONS, LEVELS, draw_sigmas, loss_by_level
+from ldmkit.diffusion.noise_draw import DISTRIBUTIONS, LEVELS, draw_sigmas, even_sigmas, level_of
 from ldmkit.diffusion.objective import LOSSES, denoising_loss
 from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
 from ldmkit.diffusion.samplers import sample_ddim
@@ -23,6 +22,7 @@ from ldmkit.diffusion.schedule import (
     DiscreteSchedule,
     build_schedule,
 )
+from ldmkit.diffusion.validation import linear_denoise
 from ldmkit.diffusion.weighting import WEIGHTINGS, Uncertainty, weight
 from ldmkit.diffusion_configs import (
     CONTINUOUS,
@@ -378,38 +378,15 @@ def test_the_best_network_is_the_best_denoiser(name):
         assert torch.allclose(denoise(x, sigma, None), TWO_HUMPS.best(x, sigma.double()), atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", PARAMETERIZATIONS)
-def test_baselines_are_the_losses_of_their_denoisers(name, loss):
-    config = ObjectiveConfig(loss=loss, huber_c=0.5, weighting="min-snr")
-    noise = torch.linspace(-9, 9, 20_001, dtype=torch.float64)  # of the error, a Gaussian
-    mass = torch.exp(-noise.square() / 2) / math.sqrt(2 * math.pi) * 18 / 20_000
-    for level in (0.05, 1.0, 30.0):
-        sigma = torch.tensor([level], dtype=torch.float64)
-        scaling = PARAMETERIZATIONS[name](sigma)
-        for baseline, std in ((zero_loss, 1.0), (linear_loss, level / (1 + level**2) ** 0.5)):
-            each = LOSSES[loss](column(std * noise), scaling.c_out.expand(20_001), config)
-            relative = min(level**-2, 5.0) * scaling.c_out.item() ** 2
-            expected = (each * mass).sum().item() * relative
-            found = baseline(sigma, PARAMETERIZATIONS[name], config).item()
-            assert found == pytest.approx(expected, rel=1e-5), (level, baseline.__name__)
-
-
-@pytest.mark.parametrize("name", PARAMETERIZATIONS)
-def test_the_linear_baseline_is_the_best_loss_for_gaussian_data(name):
+def test_the_linear_denoiser_is_the_best_for_gaussian_data():
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
     for level in (0.1, 2.0):
-        sigma = torch.tensor([level], dtype=torch.float64)
-        for baseline, denoise in (
-            (linear_loss, lambda x, s, c: GAUSSIAN.best(x, s)),
-            (zero_loss, lambda x, s, c: 0 * x),
-        ):
-            found = expected_loss(GAUSSIAN, denoise, level, name, SIMPLE).item()
-            expected = baseline(sigma, PARAMETERIZATIONS[name], SIMPLE).item()
-            assert found == pytest.approx(expected, rel=1e-9)
-    # v: the error of the zero predictor is 1 + 1 / sigma^2, that of the linear one always 1
-    assert linear_loss(torch.tensor([0.1, 9.0]), PARAMETERIZATIONS["v"], SIMPLE).tolist() == (
-        pytest.approx([1, 1])
-    )
+        sigma = torch.full((7,), level, dtype=torch.float64)
+        assert torch.allclose(linear_denoise(x, sigma, None), GAUSSIAN.best(x, sigma))
+        # for v its loss is 1 at every level: that of a network whose output is 0
+        assert expected_loss(GAUSSIAN, linear_denoise, level, "v", SIMPLE).item() == pytest.approx(
+            1
+        )
 
 
 # Schedules
@@ -589,21 +566,22 @@ def test_a_stratified_draw_has_one_level_in_each_part():
     assert np.floor(parts).tolist() == list(range(50))
 
 
-def test_losses_are_sorted_by_level():
+def test_levels_are_tenths_of_the_schedule():
     levels = discrete("scaled-linear")
     times = torch.tensor([0, 99, 100, 550, 599, 999])
-    losses = torch.tensor([1.0, 3.0, 10.0, 4.0, 8.0, 2.0])
-    found = loss_by_level(levels.sigmas[times].float(), losses, levels)
-    means = {name: value.item() for name, value in found.items()}
-    assert means == {
-        "loss_level_0": 2.0,
-        "loss_level_1": 10.0,
-        "loss_level_5": 6.0,
-        "loss_level_9": 2.0,
-    }
+    assert level_of(levels, levels.sigmas[times].float()).tolist() == [0, 0, 1, 5, 5, 9]
     for kind in CONTINUOUS_SCHEDULES:
-        sigma = drawn(schedule(kind), distribution="uniform")
-        assert len(loss_by_level(sigma, torch.ones_like(sigma), schedule(kind))) == LEVELS
+        found = level_of(schedule(kind), drawn(schedule(kind), distribution="uniform"))
+        assert set(found.tolist()) == set(range(LEVELS))
+
+
+@pytest.mark.parametrize("kind", ["scaled-linear", *CONTINUOUS_SCHEDULES])
+def test_even_levels_are_a_draw_without_its_chance(kind):
+    generator = torch.Generator().manual_seed(0)
+    even = even_sigmas(schedule(kind), NoiseDrawConfig(), 1000, generator).sort().values
+    chance = drawn(schedule(kind), 1000, stratified=True).sort().values
+    assert torch.allclose(even.log(), chance.log(), atol=0.25)
+    assert len(even.unique()) == 1000
 
 
 # Configs and the model

@@ -136,6 +136,5 @@ def _summary(
 
 def as_sentence(quality: dict[str, float]) -> str:
     """The three losses that say whether it learns."""
-    return ", ".join(
-        f"{name.removeprefix('validation_')} {quality[name]:.4g}" for name in VALIDATED
-    )
+    loss, linear, zero = (f"{quality[name]:.4g}" for name in VALIDATED)
+    return f"validation {loss}, linear {linear}, zero {zero}"

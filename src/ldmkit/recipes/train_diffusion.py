@@ -98,7 +98,8 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
     device = pick_device(config.device)
     latents = LatentSet(latents_of(config, stream))
     manifest = latents.manifest
-    training = latents.training_indices(config.holdout)
+    buckets = training_buckets(latents, config.holdout)
+    training = np.concatenate(buckets)
     model_config = diffusion_config(config, latents)
     told = f"{model_config.classes} classes" if model_config.classes else "no condition"
     shapes = ", ".join(str(shape) for shape in latents.shapes)
@@ -113,7 +114,7 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
     open_run(config)
 
     learner = build_learner(config, model_config, manifest, device)
-    data = Data(latents, training_buckets(latents, training), held_back)
+    data = Data(latents, buckets, held_back)
     quality = train(config, learner, data, autoencoder)
 
     facts = facts_after(config.steps, config, learner, data, quality)

@@ -40,7 +40,7 @@ def compilation_explained() -> Iterator[None]:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = " ".join(lines[:2]) or type(error).__name__
         raise UsageError(
             f"--compile: torch could not compile the network ({reason}); run again with --no-compile"
         ) from error
