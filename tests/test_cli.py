@@ -107,6 +107,8 @@ def test_every_commands_stdout_is_data_and_nothing_else(pipeline, tmp_path, run)
                 32,
                 "--unet.multipliers",
                 "1,2",
+                "--unet.attention-factors",
+                "2",
                 "--batch-size",
                 2,
             ],

@@ -51,7 +51,8 @@ def readme_script(pictures, tmp_path):
     small = {
         "train-ae": "--steps 2 --batch-size 2 --preprocessing.size 32 --autoencoder.channels 8"
         " --autoencoder.multipliers 1,2 --loss.perceptual vgg16 --disc.weight 0",
-        "train-diffusion": "--steps 2 --batch-size 2 --unet.channels 32 --unet.multipliers 1,2",
+        "train-diffusion": "--steps 2 --batch-size 2 --unet.channels 32 --unet.multipliers 1,2"
+        " --unet.attention-factors 2",
         "sample": "--steps 2",
     }
     for command, options in small.items():

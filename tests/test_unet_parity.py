@@ -19,14 +19,14 @@ from ldmkit.named_settings import PRESETS
 from ldmkit.networks.unet import UNet
 
 BASE = UNetConfig(
-    channels=32,
+    channels=32,  # the original code's 32 groups want no less
     multipliers=(1, 2),
     residual_blocks=1,
     attention_factors=(2,),
     norm_groups=8,
     context_channels=24,
 )
-THREE = {"multipliers": (1, 2, 2), "attention_factors": (1, 4), "residual_blocks": 2}
+THREE = {"multipliers": (1, 2, 2), "attention_factors": (1, 4)}
 PLAIN = {
     "one-head": {},
     "head-width": {"head_channels": 8},
@@ -35,7 +35,7 @@ PLAIN = {
     "three-levels": THREE | {"head_channels": 16},
     "scale-shift": {"scale_shift": True, "head_channels": 8},
     "residual-updown": {"residual_updown": True, "head_channels": 16},
-    "both": THREE | {"scale_shift": True, "residual_updown": True},
+    "both": THREE | {"residual_blocks": 2, "scale_shift": True, "residual_updown": True},
 }
 CROSS = {
     "depth-1-heads": {"heads": 4},
@@ -195,8 +195,16 @@ def expressible_by_ldm(changes):
     return configured(changes, norm_groups=32, transformer_depth=(2,), middle_attention=True)
 
 
-@pytest.mark.parametrize(("changes", "use_tokens"), CASES, ids=NAMES)
 @pytest.mark.parametrize("layout", [UNET_DIFFUSERS, UNET_LDM], ids=["diffusers", "ldm"])
+@pytest.mark.parametrize(
+    ("changes", "use_tokens"),
+    [
+        (PLAIN["head-width"], False),
+        (PLAIN["both"], False),
+        (CROSS["depth-2-head-width"], True),
+        (CROSS["scale-shift-with-tokens"], True),
+    ],
+)
 def test_there_and_back_is_the_same_bytes(changes, use_tokens, layout):
     config = expressible_by_ldm(changes)
     model = ours(config, use_tokens)
@@ -208,7 +216,7 @@ def test_there_and_back_is_the_same_bytes(changes, use_tokens, layout):
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("changes", CROSS.values(), ids=CROSS)
+@pytest.mark.parametrize("changes", [CROSS["depth-1-heads"], THREE | {"heads": 2}])
 def test_diffusers_own_converter_agrees_on_every_name(diffusers, changes):
     """Theirs turns the original code's names into diffusers' by other rules than ours."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -227,7 +235,7 @@ def test_plain_attention_has_the_original_codes_order_of_rows(heads):
     """Rows of its `qkv` are sorted by head, then by query, key and value."""
     model = ours(configured({"heads": heads, "norm_groups": 32, "channels": 32}), False)
     tensors = to_foreign_unet(model, UNET_LDM)
-    block = model.middle_in.attention
+    block = model.get_submodule("middle_in.attention")
     x = torch.randn(2, 64, 3, 2, generator=torch.Generator().manual_seed(4))
     normed = F.group_norm(
         x, 32, tensors["middle_block.1.norm.weight"], tensors["middle_block.1.norm.bias"]

@@ -153,11 +153,11 @@ def build_diffusion(config: DiffusionConfig) -> LatentDiffusion:
     unet = config.unet
     if unet.norm == "group":
         _warn_of_lone_channels(unet.channels, unet.norm_groups, "--unet.norm-groups")
-    if not unet.attention_factors:
+    if set(unet.attention_factors) <= set(unet.missing_factors):
         middle = f"only the middle, at factor {unet.factors[-1]},"
         where = middle if unet.middle_attention else "nothing"
         say(
-            f"warning: --unet.attention-factors is empty, so {where} has attention; the "
+            f"warning: --unet.attention-factors names no level, so {where} has attention; the "
             f"levels have factors {', '.join(map(str, unet.factors))}"
         )
     return LatentDiffusion(config)

@@ -280,6 +280,18 @@ class EMAConfig(Config):
         short="-o",
     )
 
+    @model_validator(mode="after")
+    def _attention_has_levels(self) -> "TrainDiffusionConfig":
+        # asked here and not of every U-Net, so that models trained before it was asked can be read
+        if self.unet.missing_factors:
+            levels = ", ".join(map(str, self.unet.factors))
+            raise ValueError(
+                f"--unet.attention-factors {self.unet.missing_factors[0]}: no level has that factor; the "
+                f"{len(self.unet.factors)} levels have {levels} (factors of the latents, not sides "
+                "in pixels)"
+            )
+        return self
+
 
 class SampleConfig(Config):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""

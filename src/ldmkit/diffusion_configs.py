@@ -64,6 +64,11 @@ class UNetConfig(Config):
         """Down-sampling factor of each level, finest first."""
         return tuple(2**level for level in range(len(self.multipliers)))
 
+    @property
+    def missing_factors(self) -> tuple[int, ...]:
+        """Attention factors that no level has; they do nothing."""
+        return tuple(sorted(set(self.attention_factors) - set(self.factors)))
+
     def heads_of(self, width: int) -> int:
         """Attention heads of a level of so many channels."""
         return self.heads or width // (self.head_channels or width)
@@ -91,12 +96,6 @@ class UNetConfig(Config):
     def _levels_exist(self) -> "UNetConfig":
         if not self.multipliers:
             raise ValueError("--unet.multipliers is empty: a U-Net has one level or more")
-        if missing := sorted(set(self.attention_factors) - set(self.factors)):
-            raise ValueError(
-                f"--unet.attention-factors {missing[0]}: no level has that factor; the "
-                f"{len(self.factors)} levels have {', '.join(map(str, self.factors))} (factors of the "
-                "latents, not sides in pixels)"
-            )
         if len(self.transformer_depth) not in (1, len(self.multipliers)):
             raise ValueError(
                 f"--unet.transformer-depth has {len(self.transformer_depth)} numbers for "

@@ -201,18 +201,18 @@ _BOX_MODEL_8 = (
 DIFFUSION_MODELS: dict[str, Preset] = {
     "tiny": Preset(TINY, "the demo's: 16 x 16 latents", Use((4, 16, 16), tokens=LABEL)),
     "s": Preset(
-        _sized(96, [2, 4], 32),
-        "own, for 8 GB (5 by --dry-run): batch 32 on f8 latents",
+        _sized(128, [2, 4], 32),
+        "own, for 8 GB (6.5 by --dry-run): batch 32 on f8 latents",
         Use(F8, tokens=LABEL),
     ),
     "b": Preset(
-        _sized(160, [2, 4], 64),
-        "own, for 16 GB (14 by --dry-run): batch 64 on f8 latents",
+        _sized(192, [2, 4], 48),
+        "own, for 16 GB (14.5 by --dry-run): batch 48 on f8 latents",
         Use(F8, tokens=LABEL),
     ),
     "l": Preset(
         _sized(256, FINE, 32),
-        "own, for 40 GB (33 by --dry-run): batch 32 on f8 latents",
+        "own, for 40 GB (33.5 by --dry-run): batch 32 on f8 latents",
         Use(F8, tokens=LABEL),
     ),
     "ldm-4-celeba": Preset(

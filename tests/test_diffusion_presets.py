@@ -1,0 +1,158 @@
+"""Every preset of the second stage: its size as published, and a step of training at an eighth of it."""
+
+import pytest
+import torch
+from torch import nn
+
+import ldmkit
+from ldmkit.configs import PresetsConfig, TrainDiffusionConfig
+from ldmkit.diffusion_configs import UNetConfig
+from ldmkit.named_settings import PRESETS
+from ldmkit.networks.blocks import Norm, SpatialAttention
+from ldmkit.networks.unet import UNet
+from ldmkit.options import resolve
+from ldmkit.recipes.plan import operations
+
+DIFFUSION = PRESETS["train-diffusion"]
+OWN = {"tiny", "s", "b", "l"}
+PAPER = {
+    *("ldm-4-celeba", "ldm-4-ffhq", "ldm-4-bedrooms", "ldm-8-churches", "ldm-8-imagenet"),
+    *("ldm-4-imagenet", "txt2img-1p4b", "text2img-256", "layout-openimages", "layout-coco"),
+    *("semantic-256", "bsr-sr", "inpainting-big", "sd-v1"),
+}
+EXACT = {
+    "ldm-4-celeba": 274_056_163,
+    "ldm-4-imagenet": 400_920_579,
+    "sd-v1": 859_520_964,
+    "inpainting-big": 387_245_827,
+}
+"""As counted on the released weights."""
+TRAINING = {  # batch, steps, rate, first and last variance; by the paper's tables and the configs
+    "ldm-4-celeba": (48, 410_000, 48 * 2e-6, 0.0015, 0.0195),
+    "ldm-4-ffhq": (42, 635_000, 42 * 2e-6, 0.0015, 0.0195),
+    "ldm-4-bedrooms": (48, 1_900_000, 48 * 2e-6, 0.0015, 0.0195),
+    "ldm-8-churches": (96, 500_000, 5e-5, 0.0015, 0.0155),
+    "ldm-8-imagenet": (64, 2_900_000, 64 * 1e-6, 0.0015, 0.0195),
+    "ldm-4-imagenet": (1200, 178_000, 1e-4, 0.0015, 0.0195),
+    "txt2img-1p4b": (680, 390_000, 1e-4, 0.00085, 0.012),
+    "text2img-256": (28, 100_000, 28 * 2e-6, 0.0015, 0.0195),
+    "layout-openimages": (24, 4_400_000, 24 * 2e-6, 0.0015, 0.0205),
+    "layout-coco": (48, 170_000, 4.8e-5, 0.0015, 0.0205),
+    "semantic-256": (48, 360_000, 48 * 1e-6, 0.0015, 0.0205),
+    "bsr-sr": (64, 860_000, 64 * 1e-6, 0.0015, 0.0155),
+    "inpainting-big": (128, 360_000, 1e-6, 0.0015, 0.0205),
+    "sd-v1": (2048, 431_000, 1e-4, 0.00085, 0.012),
+}
+
+
+def config_of(name) -> TrainDiffusionConfig:
+    return resolve("train-diffusion", TrainDiffusionConfig, name, None, {"latents": "x"})
+
+
+def box_model(layers, width=512, vocabulary=8192, length=92) -> int:
+    """Parameters of the transformer that reads tokens: 8 heads of 64, four times as wide inside."""
+    attention = 4 * width * 512 + width
+    inside = 8 * width * width + 5 * width
+    norms = (2 * layers + 1) * 2 * width
+    tables = (vocabulary + length) * width + (width + 1) * vocabulary
+    return layers * (attention + inside) + norms + tables
+
+
+@pytest.fixture(scope="module")
+def listed():
+    report = ldmkit.presets(PresetsConfig(command="train-diffusion"))
+    return {preset["name"]: preset for preset in report["presets"]}
+
+
+def test_they_are_the_papers_and_three_sizes(listed):
+    assert set(listed) == set(DIFFUSION) == PAPER | OWN
+    assert {n for n, preset in listed.items() if preset["published"] is None} == OWN | {
+        "text2img-256"
+    }
+    sizes = [listed[name]["parameters"] for name in ("tiny", "s", "b", "l")]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("name", sorted(PAPER - {"text2img-256"}))
+def test_parameters_are_the_published_ones(name, listed):
+    preset = listed[name]
+    assert preset["parameters"] + preset["beside"] == pytest.approx(preset["published"], rel=5e-3)
+    assert preset["parameters"] == EXACT.get(name, preset["parameters"])
+
+
+def test_what_is_counted_outside_the_u_net(listed):
+    assert listed["layout-openimages"]["beside"] == box_model(16)
+    assert listed["layout-coco"]["beside"] == box_model(8)
+    assert listed["txt2img-1p4b"]["beside"] == box_model(32, 1280, 30_522, 77)
+    assert listed["ldm-4-imagenet"]["beside"] == 1001 * 512
+    assert listed["semantic-256"]["beside"] == 182 * 3
+    first_stage = ldmkit.presets(PresetsConfig(command="train-ae"))["presets"]
+    assert {"name": "vq-f4", "parameters": listed["bsr-sr"]["beside"]}.items() <= next(
+        preset for preset in first_stage if preset["name"] == "vq-f4"
+    ).items()
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_is_the_published_one(name):
+    config = config_of(name)
+    found = (config.batch_size, config.steps, config.lr)
+    schedule = config.schedule
+    assert (*found, schedule.beta_start, schedule.beta_end) == pytest.approx(TRAINING[name])
+    assert config.parameterization == "epsilon"
+    assert schedule.timesteps == 1000
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_each_preset_trains_a_step_at_an_eighth_of_its_width(name):
+    config, use = config_of(name).unet, DIFFUSION[name].use
+    assert use is not None
+    narrow = {
+        "channels": config.channels // 8,
+        "head_channels": config.head_channels and config.head_channels // 8,
+        "context_channels": config.context_channels // 8,
+        "norm_groups": 4,
+        "heads": config.heads and config.heads // 2,
+    }
+    torch.manual_seed(0)
+    model = UNet(
+        UNetConfig.model_validate(config.model_dump() | narrow),
+        in_channels=use.latents[0] + use.concatenated,
+        out_channels=use.latents[0],
+        use_tokens=bool(use.tokens),
+    )
+    side = 2 ** (len(config.multipliers) - 1)
+    x = torch.randn(2, use.latents[0], side, side)
+    tokens = torch.randn(2, 2, model.config.context_channels) if use.tokens else None
+    channels = torch.randn(2, use.concatenated, side, side) if use.concatenated else None
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(2):
+        found = model(x, torch.tensor([3.0, 700.0]), None, tokens, channels)
+        loss = (found - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(x.square().mean().item(), rel=1e-5)  # it starts silent
+    assert losses[1] < losses[0]
+
+
+def test_operations_are_those_of_the_formulas():
+    with torch.device("meta"):
+        convolution = nn.Conv2d(3, 8, 3, padding=1)
+        attention = SpatialAttention(8, heads=2, norm=Norm(2, 1e-5), zero_init=True)
+        picture, map_ = torch.empty(1, 3, 16, 12), torch.empty(1, 8, 16, 12)
+    pixels = 16 * 12
+    assert operations(lambda: convolution(picture)) == 2 * 3 * 8 * 9 * pixels
+    projections, pairs = 2 * 4 * 8 * 8 * pixels, 2 * 2 * pixels**2 * 8
+    assert operations(lambda: attention(map_)) == projections + pairs
+
+
+def test_the_dry_run_of_a_preset_says_what_it_costs(run, pipeline, tmp_path):
+    command = ("train-diffusion", pipeline.latents, "--preset", "ldm-4-imagenet")
+    done = run(*command, "--condition", "none", "--out", tmp_path / "run", "--dry-run")
+    said = done.stderr.decode() + done.stdout.decode()
+    assert done.returncode == 0
+    assert "parameters: " in said
+    assert "GFLOPs for each image and model call" in said
+    assert not (tmp_path / "run").exists()
