@@ -18,16 +18,12 @@ from ldmkit import terminal
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.diffusion.denoiser import denoiser
+from ldmkit.diffusion.noise_draw import LEVELS, even_sigmas, level_of
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
-from ldmkit.diffusion.schedule import DiscreteSchedule
-from ldmkit.diffusion.validation import (
-    BINS,
-    bins_of,
-    compared_losses,
-    linear_denoise,
-    stratified_sigmas,
-)
+from ldmkit.diffusion.schedule import build_schedule
+from ldmkit.diffusion.validation import compared_losses, linear_denoise
+from ldmkit.diffusion_configs import NoiseDrawConfig, ObjectiveConfig, ScheduleConfig
 from ldmkit.diffusion_step import losses_by_bin, noise_of_parts
 from ldmkit.errors import DataError, InterruptedRun, NonFiniteError, UsageError
 from ldmkit.modelfile import load
@@ -39,7 +35,8 @@ from ldmkit.training.optimizers import OPTIMIZERS, build_optimizers, parameters_
 from ldmkit.training.recomputation import compilation_explained
 from test_latent_set import write_set
 
-SCHEDULE = DiscreteSchedule(1000, 0.0015, 0.0195)
+SCHEDULE = build_schedule(ScheduleConfig(), "epsilon")
+OBJECTIVE = ObjectiveConfig()
 NAMES = get_args(TrainDiffusionConfig.model_fields["optimizer"].annotation)
 COUNT = 16
 
@@ -274,7 +271,7 @@ def test_recomputing_keeps_less(latents, tmp_path):
         model_config = recipe.diffusion_config(config, data)
         learner = recipe.build_learner(config, model_config, data.manifest, torch.device("cpu"))
         batch = recipe.draw_batch(
-            learner.model, data.read(range(4)), torch.Generator().manual_seed(0), 0.1
+            learner.model, data.read(range(4)), torch.Generator().manual_seed(0), config
         )
         kept.append(0)
 
@@ -283,7 +280,7 @@ def test_recomputing_keeps_less(latents, tmp_path):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            recipe.add_gradients(learner, [batch])
+            recipe.add_gradients(learner, [batch], config.objective)
     assert kept[1] < kept[0]
 
 
@@ -308,7 +305,9 @@ def test_a_latent_that_is_no_number_costs_its_step_and_nothing_else(name, tmp_pa
     terminal.be_quiet(False)
     step = 2
     config = settings(tmp_path / "run", tmp_path / "spoilt", optimizer=name, save_every=1)
-    bad = recipe.samples_of_step(step, [np.arange(COUNT)], config)[0]
+    bad = recipe.samples_of_step(
+        step, [np.arange(COUNT)], batch_size=config.batch_size, seed=config.seed
+    )[0]
     spoilt(tmp_path, [bad])
     ldmkit.train_diffusion(config.model_copy(update={"steps": step + 1}))
     before, after = states(tmp_path / "run")
@@ -408,10 +407,10 @@ def test_a_step_is_left_out_on_the_device_as_on_the_host(name):
 def test_the_linear_denoiser_is_the_best_for_white_latents(generator):
     latents = torch.randn(4000, 1, 2, 2, generator=generator)
     noise = torch.randn(4000, 1, 2, 2, generator=generator)
-    sigma = stratified_sigmas(SCHEDULE, 4000, generator)
+    sigma = even_sigmas(SCHEDULE, NoiseDrawConfig(), 4000, generator)
     for name, parameterization in PARAMETERIZATIONS.items():
         losses = compared_losses(
-            linear_denoise, SCHEDULE, parameterization, latents, sigma, noise, None
+            linear_denoise, parameterization, latents, sigma, noise, None, OBJECTIVE
         )
         assert torch.equal(losses.model, losses.linear)
         expected = sigma**2 / (1 + sigma**2) / parameterization(sigma).c_out ** 2
@@ -419,12 +418,12 @@ def test_the_linear_denoiser_is_the_best_for_white_latents(generator):
         for factor in (0.8, 1.2):
             worse = compared_losses(
                 lambda x, s, c, factor=factor: factor * linear_denoise(x, s, c),
-                SCHEDULE,
                 parameterization,
                 latents,
                 sigma,
                 noise,
                 None,
+                OBJECTIVE,
             )
             assert worse.model.mean() > losses.linear.mean()
 
@@ -432,20 +431,20 @@ def test_the_linear_denoiser_is_the_best_for_white_latents(generator):
 def test_zero_is_the_loss_of_a_network_before_its_first_step(generator):
     latents = torch.randn(64, 1, 2, 2, generator=generator)
     noise = torch.randn(64, 1, 2, 2, generator=generator)
-    sigma = stratified_sigmas(SCHEDULE, 64, generator)
+    sigma = even_sigmas(SCHEDULE, NoiseDrawConfig(), 64, generator)
     epsilon = PARAMETERIZATIONS["epsilon"]
-    losses = compared_losses(linear_denoise, SCHEDULE, epsilon, latents, sigma, noise, None)
+    losses = compared_losses(linear_denoise, epsilon, latents, sigma, noise, None, OBJECTIVE)
     assert torch.allclose(losses.zero, noise.square().mean((1, 2, 3)), rtol=1e-4)
     silent = denoiser(lambda x, t, c: 0 * x, SCHEDULE, epsilon)
-    again = denoising_loss(silent, epsilon, latents, sigma, lambda like: noise, None)
-    assert torch.equal(losses.zero, again)
+    again = denoising_loss(silent, epsilon, latents, sigma, lambda like: noise, None, OBJECTIVE)
+    assert torch.allclose(losses.zero, again, rtol=1e-4)
 
 
 def test_validation_times_fill_every_bin_alike(generator):
-    bins = bins_of(SCHEDULE, stratified_sigmas(SCHEDULE, 50, generator))
-    assert torch.bincount(bins, minlength=BINS).tolist() == [5] * BINS
+    bins = level_of(SCHEDULE, even_sigmas(SCHEDULE, NoiseDrawConfig(), 50, generator))
+    assert torch.bincount(bins, minlength=LEVELS).tolist() == [5] * LEVELS
     assert bins.tolist() != sorted(bins.tolist())
-    assert bins_of(SCHEDULE, SCHEDULE.sigmas[[0, 99, 100, 999]].float()).tolist() == [0, 0, 1, 9]
+    assert level_of(SCHEDULE, SCHEDULE.sigmas[[0, 99, 100, 999]].float()).tolist() == [0, 0, 1, 9]
 
 
 def test_the_validation_loss_is_the_same_each_time_and_depends_on_the_weights_alone(
@@ -465,7 +464,7 @@ def test_the_validation_loss_is_the_same_each_time_and_depends_on_the_weights_al
     for name in ("validation_linear", "validation_zero"):
         assert first[name] == last[name]
     assert first["validation_loss"] != last["validation_loss"]
-    assert sum(name.startswith("validation_loss_by_noise_") for name in last) == BINS
+    assert sum(name.startswith("validation_loss_by_noise_") for name in last) == LEVELS
     numbers = [f"{last[f'validation_{name}']:.4g}" for name in ("loss", "linear", "zero")]
     assert "step 4: validation {}, linear {}, zero {}\n".format(*numbers) in spoken
     path = tmp_path / "a/diffusion.safetensors"

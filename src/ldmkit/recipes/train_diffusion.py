@@ -225,7 +225,7 @@ def train(
                 step_if(sound, optimizer)
             update_average(average, model, decay_at(step, config.average))
             update_tracked(tracked, model, step)
-            log.add({}, measured(losses, norm, sound, batch.bins))
+            log.add(measured(losses, norm, sound, batch.bins))
             progress.advance(note=f"loss {means['loss']:.4f}" if "loss" in means else "")
     return quality
 

@@ -47,25 +47,20 @@ class RunLog:
         self._count, self._since = 0, time.monotonic()
         self._events = _tensorboard_writer(run / "tensorboard", start) if tensorboard else None
 
-    def add(
-        self, scalars: Mapping[str, Tensor], weighted: Mapping[str, Weighted] | None = None
-    ) -> None:
+    def add(self, scalars: Mapping[str, Tensor | Weighted]) -> None:
         """Add one step's scalars; they stay on their device until a line is due.
 
-        Args:
-            scalars: the line gets their means over the steps.
-            weighted: the line gets total over number.
+        The line gets their means over the steps that had them, or over what was counted.
         """
-        for name, value in (weighted or {}).items():
-            former = self._weighted.get(name)
-            total, count = value.total.detach(), value.number
-            sums = (
-                (total, count) if former is None else (former.total + total, former.number + count)
-            )
-            self._weighted[name] = Weighted(*sums)
         for name, value in scalars.items():
-            total, count = self._sums.get(name, (torch.zeros_like(value), 0))
-            self._sums[name] = (total + value.detach(), count + 1)
+            if isinstance(value, Weighted):
+                former = self._weighted.get(name, Weighted(*map(torch.zeros_like, value)))
+                self._weighted[name] = Weighted(
+                    former.total + value.total.detach(), former.number + value.number
+                )
+            else:
+                total, count = self._sums.get(name, (torch.zeros_like(value), 0))
+                self._sums[name] = (total + value.detach(), count + 1)
         self._count += 1
 
     def write_means(
