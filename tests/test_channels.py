@@ -29,6 +29,7 @@ def journey(data, root, preprocessing):
     assert latents is not None
     assert read_manifest(latents).latent_shape == (4, SIZE // 8, SIZE // 8)
     unet = {"channels": 16, "multipliers": (1,), "residual_blocks": 1, "norm_groups": 4}
+    unet |= {"attention_factors": ()}
     ldm = ldmkit.train_diffusion(diffusion_config(latents, root / "ldm", steps=2, ae=ae, unet=unet))
     samples = ldmkit.sample(SampleConfig(model=ldm, num=3, steps=2, out=root / "s.safetensors"))
     assert samples is not None

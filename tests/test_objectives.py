@@ -585,7 +585,8 @@ def test_even_levels_are_a_draw_without_its_chance(kind):
     generator = torch.Generator().manual_seed(0)
     even = even_sigmas(schedule(kind), NoiseDrawConfig(), 1000, generator).sort().values
     chance = drawn(schedule(kind), 1000, stratified=True).sort().values
-    assert torch.allclose(even.log(), chance.log(), atol=0.25)
+    within = slice(50, 950)  # the tails of a draw are chance
+    assert torch.allclose(even[within].log(), chance[within].log(), atol=0.05)
     assert len(even.unique()) == 1000
 
 

@@ -261,25 +261,6 @@ class TrainDiffusionConfig(TrainingConfig, OptimizationConfig):
             )
         return self
 
-
-class EMAConfig(Config):
-    """Average the weights of a run over another width afterwards; writes a diffusion model file."""
-
-    run: Path = argument("Run directory of train-diffusion with --average.snapshots")
-    width: Width = field(
-        0.05,
-        "Relative width: standard deviation of what the average weighs, as a share of the steps",
-    )
-    step: Positive | None = field(
-        None, "Snapshot up to which to average (default: the newest of the run)"
-    )
-    sweep: tuple[Width, ...] = field((), "Several widths, a file for each, instead of --width")
-    out: Path | None = field(
-        None,
-        "Model file, or with --sweep a directory for them (default: RUN/ema-WIDTH-step-STEP.safetensors)",
-        short="-o",
-    )
-
     @model_validator(mode="after")
     def _attention_has_levels(self) -> "TrainDiffusionConfig":
         # asked here and not of every U-Net, so that models trained before it was asked can be read
@@ -291,6 +272,23 @@ class EMAConfig(Config):
                 "in pixels)"
             )
         return self
+
+
+class EMAConfig(Config):
+    """Average the weights of a run over another width afterwards; writes a diffusion model file."""
+
+    run: Path = argument("Run directory of train-diffusion with --average.snapshots")
+    width: Width = field(
+        0.05,
+        "Relative width: standard deviation of what the average weighs, as a share of the steps",
+    )
+    step: Positive | None = field(None, "Snapshot up to which to average (default: the newest)")
+    sweep: tuple[Width, ...] = field((), "Several widths, a file for each, instead of --width")
+    out: Path | None = field(
+        None,
+        "Model file, or directory with --sweep (default: RUN/ema-WIDTH-step-STEP.safetensors)",
+        short="-o",
+    )
 
 
 class SampleConfig(Config):

@@ -35,7 +35,8 @@ class LatentDiffusion(nn.Module):
         self.unet = UNet(
             config.unet, in_channels=z, out_channels=z, use_tokens=self.label is not None
         )
-        self.schedule = build_schedule(config.schedule, config.parameterization)
+        with torch.device("cpu"):  # a table of numbers, also where the model is without memory
+            self.schedule = build_schedule(config.schedule, config.parameterization)
         self.parameterization = PARAMETERIZATIONS[config.parameterization]
 
     def set_whitening(self, whitening: Whitening) -> None:

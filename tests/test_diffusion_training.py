@@ -21,7 +21,7 @@ from ldmkit.diffusion.denoiser import denoiser
 from ldmkit.diffusion.noise_draw import LEVELS, even_sigmas, level_of
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
-from ldmkit.diffusion.schedule import build_schedule
+from ldmkit.diffusion.schedule import DiscreteSchedule, scaled_linear
 from ldmkit.diffusion.validation import compared_losses, linear_denoise
 from ldmkit.diffusion_configs import NoiseDrawConfig, ObjectiveConfig, ScheduleConfig
 from ldmkit.diffusion_step import losses_by_bin, noise_of_parts
@@ -35,7 +35,7 @@ from ldmkit.training.optimizers import OPTIMIZERS, build_optimizers, parameters_
 from ldmkit.training.recomputation import compilation_explained
 from test_latent_set import write_set
 
-SCHEDULE = build_schedule(ScheduleConfig(), "epsilon")
+SCHEDULE = DiscreteSchedule(torch.cumprod(1.0 - scaled_linear(ScheduleConfig()), dim=0))
 OBJECTIVE = ObjectiveConfig()
 NAMES = get_args(TrainDiffusionConfig.model_fields["optimizer"].annotation)
 COUNT = 16
