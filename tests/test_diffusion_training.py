@@ -213,6 +213,29 @@ def test_interrupted_equals_uninterrupted(name, accumulate, latents, tmp_path, m
     assert measured == [2, 4]
 
 
+def test_learned_uncertainty_is_trained_and_resumed_and_in_no_model_file(
+    latents, tmp_path, monkeypatch
+):
+    changes = {"objective": {"weighting": "uncertainty"}, "log_every": 1}
+    whole = ldmkit.train_diffusion(settings(tmp_path / "whole", latents, **changes))
+    plain = ldmkit.train_diffusion(settings(tmp_path / "plain", latents, log_every=1))
+    assert tensors_of(whole).keys() == tensors_of(plain).keys()
+    assert whole.read_bytes() != plain.read_bytes()
+    # before its first step u is 0, and what is logged is the loss itself
+    first = [lines(tmp_path / name)[0]["loss"] for name in ("whole", "plain")]
+    assert first[0] == first[1]
+    first, last = (state["uncertainty.out.weight"] for state in states(tmp_path / "whole"))
+    assert last.any()
+    assert not torch.equal(first, last)
+
+    config = settings(tmp_path / "parts", latents, **changes)
+    with monkeypatch.context() as patch:
+        interrupted_after(3, patch)
+        with pytest.raises(InterruptedRun):
+            ldmkit.train_diffusion(config)
+    assert ldmkit.train_diffusion(config).read_bytes() == whole.read_bytes()
+
+
 # parts, clipping, memory
 
 

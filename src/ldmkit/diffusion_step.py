@@ -19,6 +19,7 @@ from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentBatch
 from ldmkit.diffusion.noise_draw import LEVELS, draw_sigmas, level_of
 from ldmkit.diffusion.objective import denoising_loss
+from ldmkit.diffusion.weighting import Uncertainty
 from ldmkit.diffusion_configs import ObjectiveConfig
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.tensors import Labels, Latents, Mask, Noise, Scalar, Sigmas
@@ -36,6 +37,8 @@ class Learner(NamedTuple):
     average: LatentDiffusion
     tracked: Mapping[str, LatentDiffusion]
     """Averages of which snapshots are written."""
+    uncertainty: Uncertainty | None
+    """Balances the noise levels, where the objective asks for it."""
     guard: NonFiniteGuard
     optimizers: Mapping[str, Optimizer]
     autocast: Autocast
@@ -108,7 +111,10 @@ def noise_of_parts(noise: Noise, count: int) -> list[Noise]:
 
 
 def add_gradients(learner: Learner, parts: Sequence[Part], objective: ObjectiveConfig) -> Sigmas:
-    """The gradient of the batch's mean loss, added up part by part; returns each sample's loss."""
+    """The gradient of the batch's mean loss, added up part by part; returns each sample's loss.
+
+    With learned uncertainty the gradient is that of the balanced losses; those returned are plain.
+    """
     model, losses = learner.model, []
     for part in parts:
         with learner.autocast():
@@ -123,7 +129,10 @@ def add_gradients(learner: Learner, parts: Sequence[Part], objective: ObjectiveC
                 told,
                 objective,
             )
-        (loss.mean() / len(parts)).backward()
+            balanced = loss
+            if learner.uncertainty is not None:
+                balanced = learner.uncertainty.balanced(part.sigma, loss)
+        (balanced.mean() / len(parts)).backward()
         losses.append(loss.detach())
     return torch.cat(losses)
 

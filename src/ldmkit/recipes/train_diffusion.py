@@ -23,6 +23,7 @@ from ldmkit.data.latent_stream import receive_latents
 from ldmkit.data.order import generator_for, seed_for
 from ldmkit.diffusion.denoiser import guided
 from ldmkit.diffusion.samplers import sample_ddim
+from ldmkit.diffusion.weighting import Uncertainty
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.diffusion_step import (
     Learner,
@@ -61,7 +62,7 @@ from ldmkit.training.snapshots import (
     update_tracked,
 )
 
-WEIGHTS, NOISE, GLOBAL, PREVIEW = 2, 3, 4, 5  # places in the seed tree
+WEIGHTS, NOISE, GLOBAL, PREVIEW, UNCERTAINTY = 2, 3, 4, 5, 8  # places in the seed tree
 PREVIEWS, COLUMNS = 16, 8
 NAMED = 8
 """Samples whose keys are told when an update is left out."""
@@ -160,9 +161,10 @@ def train(
         InterruptedRun: a signal asked to stop; the state is saved.
         NonFiniteError: too many updates in a row had to be left out; the state is saved.
     """
-    model, average, tracked, guard, optimizers, autocast = learner
+    model, average, tracked, uncertainty, guard, optimizers, autocast = learner
     weights = parameters_of(optimizers.values())
-    modules = {"model": model, "average": average, "guard": guard, **tracked}
+    balance = {"uncertainty": uncertainty} if uncertainty is not None else {}
+    modules = {"model": model, "average": average, "guard": guard, **tracked, **balance}
     state = TrainingState(config.out, modules, optimizers)
     start = state.load_latest(model.latent_mean.device)
     drop_snapshots_after(config.out, start)
@@ -246,12 +248,18 @@ def build_learner(
         recompute(part for part in model.unet.modules() if isinstance(part, Stage))
     if config.compile:
         model.unet.compile()
+    uncertainty, optimizers = None, build_optimizers(model, config)
+    if config.objective.weighting == "uncertainty":
+        uncertainty = Uncertainty(generator_for(config.seed, UNCERTAINTY)).to(device)
+        weights = uncertainty.parameters()
+        optimizers["uncertainty"] = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
     return Learner(
         model=model,
         average=average,
         tracked=tracked_averages(model, config.average),
+        uncertainty=uncertainty,
         guard=NonFiniteGuard(),
-        optimizers=build_optimizers(model, config),
+        optimizers=optimizers,
         autocast=autocast_for(device, config.precision),
     )
 
