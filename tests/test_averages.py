@@ -447,6 +447,18 @@ def test_a_sweep_scores_every_width(trained, tmp_path, run, capfdbinary):
     assert all(path.exists() for path in expected)
 
 
+def test_a_sweep_is_scored_by_the_validation_loss_of_the_run(pipeline, tmp_path):
+    config = diffusion_config(
+        pipeline.latents, tmp_path / "run", average={"snapshots": 1}, holdout=0.3, validate_every=4
+    )
+    model = ldmkit.train_diffusion(config)
+    report = ldmkit.ema(EMAConfig(run=config.out, sweep=(0.05, 0.1)))
+    scores = [one["score"] for one in report["models"]]
+    assert scores[0] != scores[1]
+    measured = read_header(model).facts["trained"]["validation_loss"]
+    assert scores == pytest.approx([measured] * 2, rel=0.2)  # of other averages of the same run
+
+
 def test_what_cannot_be_made_is_refused_before_anything_is_written(trained, tmp_path, run):
     config, model = trained
     for arguments, code, sentence in (

@@ -1,6 +1,7 @@
 """The validation loss: measured on latents that are not trained on, always with the same noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ldmkit.assembly import diffusion_config
-from ldmkit.configs import TrainDiffusionConfig
+from ldmkit.configfile import read_toml
+from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.order import generator_for, seed_for
 from ldmkit.diffusion.noise_draw import LEVELS, even_sigmas, level_of
@@ -17,9 +19,11 @@ from ldmkit.diffusion.validation import ComparedLosses, compared_losses
 from ldmkit.diffusion_configs import ObjectiveConfig
 from ldmkit.diffusion_step import Autocast, losses_by_bin
 from ldmkit.errors import DataError
+from ldmkit.facts import validated
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.terminal import say
-from ldmkit.training.runtime import noise_from
+from ldmkit.training.run import CONFIG_FILE
+from ldmkit.training.runtime import autocast_for, noise_from, pick_device
 
 VALIDATION = 7  # place in the seed tree
 VALIDATION_BATCH = 16
@@ -67,6 +71,33 @@ def held_back_latents(
     if not len(indices):
         return None
     return HeldBack.choose(others, indices, count=config.validate_num, seed=config.seed)
+
+
+def validation_of(run: Path) -> Callable[[LatentDiffusion], float] | None:
+    """The validation loss that a run measures, of any model like its own; None where it has none.
+
+    Raises:
+        DataError: the run's config or its latents cannot be read.
+    """
+    file = run / CONFIG_FILE
+    config = validated(TrainDiffusionConfig, read_toml(file), str(file))
+    directory = run / "latents" if config.latents == STREAM else config.latents
+    if not config.holdout and config.validation_latents is None:
+        return None
+    if not directory.is_dir():
+        say(f"{directory}, the latents of the run, are not there any more: no validation loss")
+        return None
+    latents = LatentSet(directory)
+    held = held_back_latents(config, latents, latents.training_indices(config.holdout))
+    if held is None:
+        return None
+    device = pick_device(config.device)
+    autocast = autocast_for(device, config.precision)
+
+    def score(model: LatentDiffusion) -> float:
+        return validate(held, model.to(device), autocast, config.objective)["validation_loss"]
+
+    return score
 
 
 @torch.no_grad()

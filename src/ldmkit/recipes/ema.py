@@ -7,6 +7,7 @@ from typing import Any
 from ldmkit.assembly import save_diffusion
 from ldmkit.configs import EMAConfig
 from ldmkit.errors import UsageError
+from ldmkit.held_back import validation_of
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import require_tensors
 from ldmkit.terminal import say, track
@@ -22,7 +23,8 @@ def ema(config: EMAConfig, score: Score | None = None) -> dict[str, Any]:
 
     Args:
         config: of which run, which widths, to where.
-        score: a number for a model, such as its loss on held-back latents; smaller is better.
+        score: a number for a model, smaller is better (default: the validation loss of the run, if it
+            measured one).
 
     Returns:
         `{"schema_version": 1, "models"}`; each model has path, width, step, error (share of the
@@ -36,6 +38,7 @@ def ema(config: EMAConfig, score: Score | None = None) -> dict[str, Any]:
     widths = config.sweep or (config.width,)
     solutions = fits(snapshots, widths)
     paths = [path_for(config, width, snapshots[-1].facts.step) for width in widths]
+    score = score or validation_of(config.run)
     models: list[dict[str, Any]] = []
     with track("ema", len(widths), unit="model") as progress:
         for width, fit, path in zip(widths, solutions, paths, strict=True):
