@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 import ldmkit
 from ldmkit.configs import PresetsConfig, TrainDiffusionConfig
 from ldmkit.diffusion_configs import UNetConfig
+from ldmkit.diffusion_presets import DIFFUSION_MODELS
 from ldmkit.named_settings import PRESETS
 from ldmkit.networks.blocks import Norm, SpatialAttention
 from ldmkit.networks.unet import UNet
@@ -156,3 +158,19 @@ def test_the_dry_run_of_a_preset_says_what_it_costs(run, pipeline, tmp_path):
     assert "parameters: " in said
     assert "GFLOPs for each image and model call" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_losses_are_those_of_the_published_configs():
+    absolute = {
+        name
+        for name, preset in DIFFUSION_MODELS.items()
+        if preset.settings.get("objective", {}).get("loss") == "l1"
+    }
+    assert absolute == {
+        *("ldm-8-churches", "layout-openimages", "layout-coco", "semantic-256", "inpainting-big")
+    }
+
+
+def test_self_conditioning_is_refused_until_training_feeds_it():
+    with pytest.raises(ValidationError, match="no training uses it yet"):
+        TrainDiffusionConfig.model_validate({"latents": "x", "unet": {"self_conditioning": True}})

@@ -42,6 +42,9 @@ FINE, COARSE = [1, 2, 4], [2, 4, 8]
 """Attention at maps of 32, 16 and 8 cells: the factors of 32 x 32 latents and of 64 x 64 latents."""
 
 
+L1: Settings = {"loss": "l1"}
+
+
 def _schedule(beta_end: float, beta_start: float = 0.0015) -> Settings:
     return {"timesteps": 1000, "beta_start": beta_start, "beta_end": beta_end}
 
@@ -231,7 +234,12 @@ DIFFUSION_MODELS: dict[str, Preset] = {
         Use(F4, published=274_000_000),
     ),
     "ldm-8-churches": Preset(
-        _trained(96, 500_000, 5e-5, CHURCHES, _schedule(0.0155), condition="none", warmup=10_000),
+        _trained(
+            *(96, 500_000, 5e-5, CHURCHES, _schedule(0.0155)),
+            objective=L1,
+            condition="none",
+            warmup=10_000,
+        ),
         _CONFIG.format("lsun_churches256", "Tab. 12: 294M"),
         Use(F8, published=294_000_000),
     ),
@@ -265,17 +273,17 @@ DIFFUSION_MODELS: dict[str, Preset] = {
         Use(F4, tokens=TEXT),
     ),
     "layout-openimages": Preset(
-        _trained(24, 4_400_000, 4.8e-5, OPENIMAGES, _schedule(0.0205)),
+        _trained(24, 4_400_000, 4.8e-5, OPENIMAGES, _schedule(0.0205), objective=L1),
         _CONFIG.format("layout2img-openimages256", "Tab. 15: 306M"),
         Use(F4, tokens=BOXES, published=306_000_000, beside=58_858_496, counted=_BOX_MODEL),
     ),
     "layout-coco": Preset(
-        _trained(48, 170_000, 4.8e-5, COCO, _schedule(0.0205)),
-        "paper Tab. 15: 345M; schedule as layout-openimages (the paper does not say)",
+        _trained(48, 170_000, 4.8e-5, COCO, _schedule(0.0205), objective=L1),
+        "paper Tab. 15: 345M; schedule and loss as layout-openimages (the paper does not say)",
         Use(F8, tokens=BOXES, published=345_000_000, beside=33_651_712, counted=_BOX_MODEL_8),
     ),
     "semantic-256": Preset(
-        _trained(48, 360_000, 4.8e-5, SEMANTIC, _schedule(0.0205)),
+        _trained(48, 360_000, 4.8e-5, SEMANTIC, _schedule(0.0205), objective=L1),
         _CONFIG.format("semantic_synthesis256", "Tab. 15 (there on f8 latents): 215M"),
         Use(F4, concatenated=3, published=215_000_000, beside=546, counted="the map's projection"),
     ),
@@ -285,7 +293,7 @@ DIFFUSION_MODELS: dict[str, Preset] = {
         Use(F4, concatenated=3, published=169_000_000, beside=55_322_782, counted="vq-f4"),
     ),
     "inpainting-big": Preset(
-        _trained(128, 360_000, 1e-6, INPAINTING, _schedule(0.0205), warmup=1_000),
+        _trained(*(128, 360_000, 1e-6, INPAINTING, _schedule(0.0205)), objective=L1, warmup=1_000),
         _CONFIG.format(
             "inpainting_big", "Sec. 4.5: 387M; batch, steps and rate of the small one in Tab. 15"
         ),
