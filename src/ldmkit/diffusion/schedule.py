@@ -83,12 +83,13 @@ class DiscreteSchedule(Schedule):
     """T noise levels; the network is told t = 0 .. T - 1.
 
     Args:
-        alpha_bar: share of the signal in the variance at each t, falling; float64.
+        alpha_bar: share of the signal in the variance at each t, falling, perhaps to 0; float64.
     """
 
     def __init__(self, alpha_bar: Table) -> None:
         self.alpha_bar = alpha_bar
-        self.sigmas: Table = ((1.0 - self.alpha_bar) / self.alpha_bar).sqrt()
+        levels = ((1.0 - self.alpha_bar) / self.alpha_bar).sqrt()
+        self.sigmas: Table = levels.clamp(max=PURE_NOISE)
         self.timesteps = len(alpha_bar)
         self.lowest, self.highest = float(self.sigmas[0]), float(self.sigmas[-1])
 
@@ -231,14 +232,9 @@ def sigmoid_beta(config: ScheduleConfig) -> Table:
 
 
 def with_zero_terminal_snr(alpha_bar: Table) -> Table:
-    """Stretch sqrt(alpha_bar) to end at 0, its start kept: Lin et al. 2024, Alg. 1.
-
-    The last level becomes `PURE_NOISE` instead of infinite.
-    """
+    """Stretch sqrt(alpha_bar) to end at 0, its start kept: Lin et al. 2024, Alg. 1."""
     root = alpha_bar.sqrt()
-    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    root[-1] = (1.0 + PURE_NOISE**2) ** -0.5
-    return root.square()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
 
 
 def build_schedule(config: ScheduleConfig, parameterization: ParameterizationName) -> Schedule:
