@@ -24,6 +24,7 @@ from ldmkit.errors import DataError
 from ldmkit.facts import Manifest, ShardEntry, Whitening
 from ldmkit.manifest import write_manifest
 from ldmkit.modelfile import save
+from ldmkit.recipes.plan import plan
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (2, 3, 4)
@@ -272,6 +273,7 @@ def test_training_on_several_shapes_sees_all_and_resumes(tmp_path):
     root = write_set(tmp_path / "latents", parts)
     latents = LatentSet(root)
     config = diffusion_config(root, tmp_path / "a", batch_size=2)
+    assert "a batch is [2, 4, 4, 8]" in plan(config) or "a batch is [2, 4, 8, 4]" in plan(config)
     buckets = training_buckets(latents, 0.0)
     seen = [set(samples_of_step(step, buckets, batch_size=2, seed=0).tolist()) for step in range(5)]
     assert set().union(*seen) == set(range(8))

@@ -87,7 +87,8 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
     if config.latents == STREAM:
         raise UsageError("--dry-run reads no stream: name a latent set on disk")
     latents = LatentSet(config.latents)
-    batch = latents.read(range(min(config.batch_size, len(latents))))
+    largest = max(latents.shapes, key=math.prod)
+    batch = latents.read(latents.shapes[largest][: config.batch_size])
     with torch.device("meta"):
         model = build_diffusion(diffusion_config(config, latents))
         x = torch.empty(config.batch_size, *batch.mean.shape[1:])
