@@ -93,7 +93,8 @@ def bad_in(batch: Batch, allowed: int) -> int:
     if others:
         raise others[0]
     if len(errors) > allowed:
-        raise DataError(f"{errors[-1]} (to leave out unreadable pictures: --max-bad 0.01)")
+        first = errors[allowed]
+        raise DataError(f"{first} (to leave out unreadable pictures: --max-bad 0.01)")
     return len(errors)
 
 
