@@ -57,8 +57,10 @@ def split(items: list[Item], share: float) -> Split:
     Raises:
         DataError: nothing is left to train on.
     """
-    held_back = [item for item in items if is_held_back(item.group or item.key, share)]
-    training = [item for item in items if not is_held_back(item.group or item.key, share)]
+    training: list[Item] = []
+    held_back: list[Item] = []
+    for item in items:
+        (held_back if is_held_back(item.group or item.key, share) else training).append(item)
     if not training:
         raise DataError(f"--holdout {share} leaves none of the {len(items)} pictures to train on")
     return Split(training, held_back)
