@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 import ldmkit
@@ -169,8 +168,3 @@ def test_the_losses_are_those_of_the_published_configs():
     assert absolute == {
         *("ldm-8-churches", "layout-openimages", "layout-coco", "semantic-256", "inpainting-big")
     }
-
-
-def test_self_conditioning_is_refused_until_training_feeds_it():
-    with pytest.raises(ValidationError, match="no training uses it yet"):
-        TrainDiffusionConfig.model_validate({"latents": "x", "unet": {"self_conditioning": True}})

@@ -251,10 +251,6 @@ class TrainDiffusionConfig(TrainingConfig, OptimizationConfig):
     def _training_fits(self) -> "TrainDiffusionConfig":
         self.require_fitting_schedule(self.steps, self.warmup)
         require_fitting(self.schedule, self.parameterization)
-        if self.unet.self_conditioning:
-            raise ValueError(
-                "--unet.self-conditioning is part of the network, but no training uses it yet"
-            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"

@@ -50,7 +50,9 @@ class UNetConfig(Config):
         False, "Residual blocks that halve and double, instead of a convolution each"
     )
     self_conditioning: bool = field(
-        False, "The network sees its own earlier estimate, as further channels"
+        False,
+        "The network sees its own earlier estimate of the clean latents, as further channels: half of"
+        " the samples of a training step go through it twice",
     )
     dropout: Fraction = field(0.0, "Dropout probability in the residual blocks")
 

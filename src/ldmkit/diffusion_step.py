@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldmkit.conditioning.condition import dropped
+from ldmkit.conditioning.self_conditioning import SHARE, estimating_first
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentBatch
 from ldmkit.diffusion.noise_draw import LEVELS, draw_sigmas, level_of
@@ -53,6 +54,8 @@ class Part(NamedTuple):
     sigma: Sigmas
     drop: Mask
     """Which samples are told nothing."""
+    remembers: Mask
+    """Which samples see the network's own estimate, where it is self-conditioned."""
     bins: Int[Tensor, " batch"]
     """Of the noise levels."""
     noise: Noise
@@ -79,7 +82,10 @@ def draw_batch(
     sigma = draw_sigmas(model.schedule, config.objective.draw, len(latents), generator)
     drop = torch.rand(len(latents), generator=generator) < config.condition_dropout
     bins = level_of(model.schedule, sigma).to(device)
-    return Part(latents, batch.label, sigma.to(device), drop, bins, noise)
+    remembers = torch.zeros(len(latents), dtype=torch.bool)
+    if model.config.unet.self_conditioning:
+        remembers = torch.rand(len(latents), generator=generator) < SHARE
+    return Part(latents, batch.label, sigma.to(device), drop, remembers, bins, noise)
 
 
 def divided(batch: Part, count: int) -> list[Part]:
@@ -120,8 +126,11 @@ def add_gradients(learner: Learner, parts: Sequence[Part], objective: ObjectiveC
         with learner.autocast():
             condition = model.condition(part.labels)
             told = dropped(condition, model.null(len(part.latents)), part.drop)
+            denoise = model.denoise
+            if model.config.unet.self_conditioning:
+                denoise = estimating_first(denoise, part.remembers)
             loss = denoising_loss(
-                model.denoise,
+                denoise,
                 model.parameterization,
                 part.latents,
                 part.sigma,

@@ -65,4 +65,7 @@ class LatentDiffusion(nn.Module):
         return denoiser(self._predict, self.schedule, self.parameterization)(x, sigma, condition)
 
     def _predict(self, x: Latents, timesteps: Sigmas, condition: Condition) -> Latents:
-        return self.unet(x, timesteps, *condition)
+        vector, tokens, channels, previous = condition
+        if previous is not None:
+            previous = previous.repeat(len(x) // len(previous), 1, 1, 1)
+        return self.unet(x, timesteps, vector, tokens, channels, previous)

@@ -22,6 +22,9 @@ class Condition(NamedTuple):
     """Attended to by cross-attention."""
     channels: Float[Tensor, "batch channels y x"] | None = None
     """Concatenated to the latents."""
+    previous: Float[Tensor, "rows latent_channels y x"] | None = None
+    """Clean latents that the network itself expected before, for self-conditioning; repeated where a
+    batch holds every sample several times."""
 
 
 def dropped(condition: Condition, null: Condition, drop: Mask) -> Condition:

@@ -8,6 +8,7 @@ import torch
 
 from ldmkit.assembly import diffusion_facts, load_diffusion
 from ldmkit.conditioning.condition import stacked
+from ldmkit.conditioning.self_conditioning import remembering
 from ldmkit.configs import STREAM, SampleConfig
 from ldmkit.data.order import generator_for
 from ldmkit.diffusion.denoiser import guided
@@ -86,6 +87,8 @@ def draw(
     if config.guidance != 1.0 and model.config.classes:
         condition = stacked(condition, model.null(len(seeds)))
         denoise = guided(model.denoise, config.guidance)
+    if model.config.unet.self_conditioning:
+        denoise = remembering(denoise)
     sigmas = model.schedule.steps(config.steps)
     start = noise(torch.empty(len(seeds), *facts.latent_shape, device=model.latent_mean.device))
     x = sample_ddim(

@@ -16,6 +16,7 @@ from ldmkit.assembly import (
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.conditioning.condition import stacked
+from ldmkit.conditioning.self_conditioning import remembering
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_batches import samples_of_step, training_buckets
 from ldmkit.data.latent_set import LatentSet
@@ -311,6 +312,8 @@ def preview(
     start = noise(torch.empty(PREVIEWS, *manifest.latent_shape, device=device))
     condition = stacked(model.condition(labels), model.null(PREVIEWS))
     denoise = guided(model.denoise, config.preview_guidance)
+    if model.config.unet.self_conditioning:
+        denoise = remembering(denoise)
     clean = sample_ddim(
         lambda x, sigma: denoise(x, sigma, condition),
         model.schedule.initial(start, float(sigmas[0])),

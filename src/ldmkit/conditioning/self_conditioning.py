@@ -1,0 +1,45 @@
+"""Self-conditioning: the network sees its own earlier estimate of the clean latents (Chen et al. 2023)."""
+
+from collections.abc import Callable
+
+import torch
+
+from ldmkit.conditioning.condition import Condition
+from ldmkit.tensors import Latents, Mask, Sigmas
+
+DenoiseUnder = Callable[[Latents, Sigmas, Condition], Latents]
+"""Noisy latents, their noise level, a condition -> the clean latents expected."""
+
+SHARE = 0.5
+"""Of the samples of a training step that see an estimate (Chen et al. 2023, Sec. 3.2)."""
+
+
+def estimating_first(denoise: DenoiseUnder, chosen: Mask) -> DenoiseUnder:
+    """For training: samples where `chosen` is true see what the network says without an estimate.
+
+    No gradient flows through the estimate; only the chosen samples go through the network twice
+    (Chen et al. 2023, Alg. 1).
+    """
+
+    def denoise_twice(x: Latents, sigma: Sigmas, condition: Condition) -> Latents:
+        previous = torch.zeros_like(x)
+        rows = chosen.to(x.device).nonzero()[:, 0]
+        if len(rows):
+            told = Condition(*(way if way is None else way[rows] for way in condition))
+            with torch.no_grad():
+                previous[rows] = denoise(x[rows], sigma[rows], told)
+        return denoise(x, sigma, condition._replace(previous=previous))
+
+    return denoise_twice
+
+
+def remembering(denoise: DenoiseUnder) -> DenoiseUnder:
+    """For one run of a sampler: each call sees the result of the call before (Chen et al. 2023, Alg. 2)."""
+    previous: Latents | None = None
+
+    def denoise_on(x: Latents, sigma: Sigmas, condition: Condition) -> Latents:
+        nonlocal previous
+        previous = denoise(x, sigma, condition._replace(previous=previous))
+        return previous
+
+    return denoise_on
