@@ -48,7 +48,8 @@ def main(data: Path, out: Path) -> None:
     diffusion = ldmkit.load_diffusion(diffusion_file)
     noisy = torch.randn(1, 4, 16, 16) * 10.0
     with torch.inference_mode():
-        clean = diffusion.denoise(noisy, torch.tensor([10.0]), diffusion.null(1))
+        nothing = {"class": torch.tensor([[-1]])} if diffusion.config.conditions else {}
+        clean = diffusion.denoise(noisy, torch.tensor([10.0]), diffusion.condition(nothing))
         image = autoencoder.decode(diffusion.unwhiten(clean))
     print(f"one denoising step gave an image of {tuple(image.shape)}")
 

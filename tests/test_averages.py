@@ -54,14 +54,13 @@ CONFIG = DiffusionConfig(
     schedule=ScheduleConfig(),
     parameterization="v",
     latent_channels=1,
-    classes=0,
+    conditions=(),
 )
 FACTS = DiffusionFacts(
     fingerprint="",
     autoencoder="a",
     latent_shape=(1, 2, 2),
     whitening=Whitening(mean=(0.0,), std=(1.0,)),
-    class_names=(),
     trained={"steps": 1},
     versions={},
 )
@@ -378,7 +377,10 @@ def test_the_tracked_averages_change_nothing_of_the_run(trained, pipeline, tmp_p
 def test_snapshots_cover_the_conditioner_and_say_what_they_are(trained):
     config, _ = trained
     header, tensors = load(snapshot_path(config.out, 6), kind="averages")
-    assert {"0.label.embedding.weight", "1.label.embedding.weight"} <= tensors.keys()
+    assert {
+        "0.conditioners.class.embedding.weight",
+        "1.conditioners.class.embedding.weight",
+    } <= tensors.keys()
     assert {"buffer.latent_mean", "buffer.latent_std"} <= tensors.keys()
     assert (header.facts["step"], header.facts["widths"]) == (6, list(WIDTHS))
     assert header.facts["model"]["trained"]["steps"] == 6

@@ -9,10 +9,11 @@ import ldmkit
 from conftest import ae_config, diffusion_config
 from ldmkit.assembly import autoencoder_facts, save_autoencoder
 from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
-from ldmkit.configs import DecodeConfig, SampleConfig
+from ldmkit.configs import DecodeConfig
 from ldmkit.data.pictures import decode_picture
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import UsageError
+from ldmkit.generation_configs import SampleConfig
 from ldmkit.manifest import read_manifest
 from ldmkit.pixels import grid, save_npy, save_png16, to_pixels
 from ldmkit.recipes.decode import choose_format

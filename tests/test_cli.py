@@ -144,14 +144,14 @@ def test_every_commands_stdout_is_data_and_nothing_else(pipeline, tmp_path, run)
 
 
 def test_a_stray_print_of_a_library_does_not_reach_the_pipe(pipeline, run, monkeypatch):
-    from ldmkit.recipes.sample import draw
+    from ldmkit.drawing import draw_latents
 
     def noisy(*arguments):
         print("stray")
         os.write(1, b"stray from C")
-        return draw(*arguments)
+        return draw_latents(*arguments)
 
-    monkeypatch.setattr("ldmkit.recipes.sample.draw", noisy)
+    monkeypatch.setattr("ldmkit.recipes.sample.draw_latents", noisy)
     done = run("sample", pipeline.ldm, "--num", 1, "--steps", 1)
     assert b"stray" not in done.stdout
     assert b"stray from C" in done.stderr
@@ -352,7 +352,7 @@ def test_every_other_exit_code(error, code, pipeline, tmp_path, run, monkeypatch
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("ldmkit.recipes.sample.draw", fail)
+    monkeypatch.setattr("ldmkit.recipes.sample.draw_latents", fail)
     done = run("sample", pipeline.ldm, "--out", tmp_path / "x")
     assert done.returncode == code, done.stderr.decode()
     assert done.stdout == b""

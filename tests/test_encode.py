@@ -9,13 +9,14 @@ from PIL import Image
 
 import ldmkit
 from conftest import SIZE, ae_config, diffusion_config
-from ldmkit.configs import STREAM, DecodeConfig, SampleConfig
+from ldmkit.configs import STREAM, DecodeConfig
 from ldmkit.container import read_header, read_messages
 from ldmkit.data.images import read_images
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.sources import open_source
 from ldmkit.data_configs import EncodeConfig, SourceConfig
 from ldmkit.errors import DataError
+from ldmkit.generation_configs import SampleConfig
 from ldmkit.manifest import read_manifest
 
 
@@ -43,7 +44,7 @@ def test_latents_are_the_posterior_of_the_pictures(pipeline):
     assert torch.allclose(batch.mean.float(), posterior.mean[order], rtol=1e-3, atol=1e-3)
     assert posterior.std is not None
     assert torch.allclose(batch.std.float(), posterior.std[order], rtol=1e-3, atol=1e-3)
-    assert batch.label.tolist() == [items[index].label for index in order]
+    assert latents.labels[order].tolist() == [items[index].label for index in order]
 
 
 def test_whitening_is_that_of_the_whole_set(pipeline):

@@ -12,7 +12,7 @@ from scipy import stats
 
 import ldmkit
 from conftest import diffusion_config
-from ldmkit.configs import SampleConfig, TrainDiffusionConfig
+from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.container import read_header
 from ldmkit.diffusion.denoiser import denoiser
 from ldmkit.diffusion.noise_draw import DISTRIBUTIONS, LEVELS, draw_sigmas, even_sigmas, level_of
@@ -41,6 +41,7 @@ from ldmkit.diffusion_configs import (
     UNetConfig,
     WeightingName,
 )
+from ldmkit.generation_configs import SampleConfig
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import load
 
@@ -607,7 +608,7 @@ def model_config(**changes):
         "schedule": ScheduleConfig(),
         "parameterization": "v",
         "latent_channels": 2,
-        "classes": 0,
+        "conditions": (),
     }
     return DiffusionConfig.model_validate(settings | changes)
 
@@ -650,7 +651,7 @@ def test_a_model_learns_under_every_objective(name, generator):
     for _ in range(10):
         loss = denoising_loss(
             *(model.denoise, model.parameterization, clean, sigma, lambda like: noise),
-            *(model.condition(torch.zeros(8, dtype=torch.long)), config),
+            *(model.condition({"class": torch.zeros(8, 1, dtype=torch.long)}), config),
         ).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -15,10 +15,11 @@ from conftest import SIZE
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.tiling import compute_in_tiles, reach
 from ldmkit.autoencoder_configs import AutoencoderConfig
-from ldmkit.configs import DecodeConfig, SampleConfig
+from ldmkit.configs import DecodeConfig
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import DataError, UsageError
+from ldmkit.generation_configs import SampleConfig
 from ldmkit.networks.blocks import ResidualBlock, SpatialAttention
 
 TINY = AutoencoderConfig(channels=8, multipliers=(1, 2, 2), residual_blocks=1, norm_groups=2)

@@ -21,8 +21,9 @@ from ldmkit.autoencoder_configs import (
     DiscriminatorConfig,
     PreprocessingConfig,
 )
-from ldmkit.configs import DecodeConfig, SampleConfig
+from ldmkit.configs import DecodeConfig
 from ldmkit.errors import DataError
+from ldmkit.generation_configs import SampleConfig
 from ldmkit.modelfile import load
 from ldmkit.recipes import train_ae as recipe
 from ldmkit.training.checkpoint import saved_checkpoints

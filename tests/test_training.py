@@ -226,8 +226,8 @@ def test_the_average_covers_the_conditioner(pipeline):
     _, tensors = load(state, kind="checkpoint")
     for name, value in model.state_dict().items():
         assert torch.equal(value, tensors[f"average.{name}"]), name
-    trained = tensors["model.label.embedding.weight"]
-    assert not torch.equal(model.state_dict()["label.embedding.weight"], trained)
+    trained = tensors["model.conditioners.class.embedding.weight"]
+    assert not torch.equal(model.state_dict()["conditioners.class.embedding.weight"], trained)
 
 
 def test_the_learning_rate_rises_stays_and_falls(pipeline, tmp_path):

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from ldmkit import terminal
 from ldmkit.assembly import build_autoencoder, build_diffusion
 from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
-from ldmkit.conditioning.condition import Condition, dropped, stacked
-from ldmkit.conditioning.label import LabelConditioner
+from ldmkit.condition_configs import ClassCondition
+from ldmkit.conditioning.classes import ClassConditioner
+from ldmkit.conditioning.condition import Condition, replaced, stacked
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.diffusion_configs import DiffusionConfig, ScheduleConfig, UNetConfig
 from ldmkit.facts import Whitening
@@ -154,24 +155,12 @@ def test_timestep_embedding_is_cosines_then_sines():
     assert torch.allclose(found[1], expected)
 
 
-def test_label_conditioner_null_equals_a_missing_label():
-    torch.manual_seed(0)
-    conditioner = LabelConditioner(3, 5)
-    tokens = conditioner(torch.tensor([0, 2, -1])).tokens
-    assert tokens is not None
-    assert tokens.shape == (3, 1, 5)
-    null = conditioner.null(1).tokens
-    assert null is not None
-    assert torch.equal(tokens[2], null[0])
-    assert len({row.sum().item() for row in tokens}) == 3
-
-
 def test_dropping_replaces_by_the_null_and_trains_it():
     torch.manual_seed(0)
-    conditioner = LabelConditioner(3, 5)
-    labels, drop = torch.tensor([0, 1, 2]), torch.tensor([False, True, False])
-    mixed = dropped(conditioner(labels), conditioner.null(3), drop)
-    expected = conditioner(torch.tensor([0, -1, 2]))
+    conditioner = ClassConditioner((3,), 5)
+    labels, drop = torch.tensor([[0], [1], [2]]), torch.tensor([False, True, False])
+    mixed = conditioner(replaced(labels, conditioner.empty(labels), drop))
+    expected = conditioner(torch.tensor([[0], [-1], [2]]))
     assert mixed.tokens is not None
     assert expected.tokens is not None
     assert torch.equal(mixed.tokens, expected.tokens)
@@ -191,7 +180,7 @@ def test_stacking_keeps_absent_ways_absent():
 
 def test_whitening_and_back(generator):
     config = DiffusionConfig(
-        unet=TINY, schedule=ScheduleConfig(), parameterization="v", latent_channels=2, classes=0
+        unet=TINY, schedule=ScheduleConfig(), parameterization="v", latent_channels=2, conditions=()
     )
     model = LatentDiffusion(config)
     raw = (
@@ -212,7 +201,7 @@ def test_one_batch_overfits(generator):
         schedule=ScheduleConfig(),
         parameterization="epsilon",
         latent_channels=2,
-        classes=2,
+        conditions=(ClassCondition(names=("a", "b")),),
     )
     model = LatentDiffusion(config)
     clean = torch.randn(4, 2, 8, 8, generator=generator)
@@ -223,7 +212,9 @@ def test_one_batch_overfits(generator):
     losses = []
     for _ in range(60):
         noisy = clean + sigma.view(-1, 1, 1, 1) * noise
-        found = model.denoise(noisy, sigma, model.condition(torch.tensor([0, 1, 0, -1])))
+        found = model.denoise(
+            noisy, sigma, model.condition({"class": torch.tensor([[0], [1], [0], [-1]])})
+        )
         loss = ((found - clean) / sigma.view(-1, 1, 1, 1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -420,7 +411,7 @@ def test_networks_that_may_be_a_mistake_are_warned_of(changes, words, capsys):
         schedule=ScheduleConfig(),
         parameterization="epsilon",
         latent_channels=4,
-        classes=0,
+        conditions=(),
     )
     build_diffusion(config)
     said = capsys.readouterr().err

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
         EvalAEConfig,
         InspectConfig,
         PresetsConfig,
-        SampleConfig,
         TrainAEConfig,
         TrainDiffusionConfig,
     )
     from ldmkit.data_configs import CheckConfig, EncodeConfig, SplitConfig
+    from ldmkit.generation_configs import SampleConfig
     from ldmkit.interchange_configs import ExportConfig, ImportConfig
     from ldmkit.recipes.check import check
     from ldmkit.recipes.decode import decode
@@ -73,6 +73,7 @@ __all__ = [
 
 
 CONFIG_HOMES = {
+    "SampleConfig": "ldmkit.generation_configs",
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),
 }

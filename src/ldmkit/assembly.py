@@ -7,6 +7,8 @@ import torch
 
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
+from ldmkit.condition_configs import ConditionConfig
+from ldmkit.conditioning.kinds import KINDS
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.container import read_header
 from ldmkit.data.latent_set import LatentSet
@@ -122,16 +124,12 @@ def preprocessing_of(facts: AutoencoderFacts, size: int | None) -> Preprocessing
 
 
 def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> DiffusionConfig:
-    """The model's config for this data: latent channels, and how many classes it is told of.
+    """The model's config for this data: latent channels, and what it is told.
 
     Raises:
-        DataError: a class condition is asked for and the latents have no labels, or the latents are
-            too small for the network's levels.
+        DataError: the latents do not hold a condition that is asked for, or are too small for the
+            network's levels.
     """
-    manifest = latents.manifest
-    if config.condition == "class" and not latents.has_labels:
-        raise DataError(f"--condition class: {config.latents} has no labels")
-    told = config.condition == "class" or (config.condition == "auto" and latents.has_labels)
     shrink = 2 ** (len(config.unet.multipliers) - 1)
     odd = [shape for shape in latents.shapes if any(side % shrink for side in shape[1:])]
     if odd:
@@ -143,9 +141,25 @@ def diffusion_config(config: TrainDiffusionConfig, latents: LatentSet) -> Diffus
         unet=config.unet,
         schedule=config.schedule,
         parameterization=config.parameterization,
-        latent_channels=manifest.latent_shape[0],
-        classes=len(manifest.class_names) if told else 0,
+        latent_channels=latents.manifest.latent_shape[0],
+        conditions=conditions_of(config, latents),
     )
+
+
+def conditions_of(config: TrainDiffusionConfig, latents: LatentSet) -> tuple[ConditionConfig, ...]:
+    """What a model is told that is trained on these latents.
+
+    Raises:
+        DataError: the latents do not hold it.
+    """
+    kinds = config.condition
+    if kinds == ("auto",):
+        kinds = ("class",) if latents.has_labels else ()
+    found = []
+    for kind in kinds:
+        if kind != "none":
+            found.append(KINDS[kind].settle(config.options_of(kind), latents))
+    return tuple(found)
 
 
 def build_diffusion(config: DiffusionConfig) -> LatentDiffusion:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 import ldmkit
-from ldmkit import configs, data_configs, interchange_configs, terminal
+from ldmkit import configs, data_configs, generation_configs, interchange_configs, terminal
 from ldmkit.configfile import to_toml
 from ldmkit.errors import (
     DataError,
@@ -41,7 +41,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "encode": data_configs.EncodeConfig,
     "train-diffusion": configs.TrainDiffusionConfig,
     "ema": configs.EMAConfig,
-    "sample": configs.SampleConfig,
+    "sample": generation_configs.SampleConfig,
     "decode": configs.DecodeConfig,
     "inspect": configs.InspectConfig,
     "presets": configs.PresetsConfig,
@@ -153,7 +153,11 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
     if name in INPUTS:
         with _stdin_for(getattr(config, INPUTS[name])) as stream:
             return f"{work(config, stream)}\n"
-    if name in ("encode", "sample"):
+    if name == "sample":
+        with _stdin_for(config.prompts or config.conditions) as source:
+            path = work(config, _stdout_for(config.out, output, name), source)
+        return f"{path}\n" if path is not None else ""
+    if name == "encode":
         path = work(config, _stdout_for(config.out, output, name))
         return f"{path}\n" if path is not None else ""
     path = work(config)
@@ -191,7 +195,7 @@ def _stdout_for(out: Path, output: BufferedIOBase, name: str) -> BufferedIOBase 
 
 
 @contextlib.contextmanager
-def _stdin_for(source: Path) -> Iterator[BufferedIOBase | None]:
+def _stdin_for(source: Path | None) -> Iterator[BufferedIOBase | None]:
     if source != configs.STREAM:
         yield None
         return

@@ -17,6 +17,7 @@ from ldmkit.autoencoder_configs import (
     DiscriminatorConfig,
     PreprocessingConfig,
 )
+from ldmkit.condition_configs import ConditioningConfig
 from ldmkit.data_configs import SCRATCH, TILE, TILING, SourceConfig
 from ldmkit.diffusion_configs import (
     AverageConfig,
@@ -202,7 +203,7 @@ class EvalAEConfig(SourceConfig):
         return self
 
 
-class TrainDiffusionConfig(TrainingConfig, OptimizationConfig):
+class TrainDiffusionConfig(TrainingConfig, OptimizationConfig, ConditioningConfig):
     """Train a diffusion model on a set of latents; writes OUT/diffusion.safetensors."""
 
     latents: Path = argument(
@@ -212,12 +213,6 @@ class TrainDiffusionConfig(TrainingConfig, OptimizationConfig):
         Path("runs/ldm"), "Run directory: config, log, previews, checkpoints, model file"
     )
     ae: Path | None = field(None, "Autoencoder file, for preview pictures during training")
-    condition: Literal["auto", "class", "none"] = field(
-        "auto", "What the model is told; auto = class where the latents have labels"
-    )
-    condition_dropout: Fraction = field(
-        0.1, "Share of samples trained without their condition, for classifier-free guidance"
-    )
     parameterization: ParameterizationName = field(
         "epsilon",
         "What the network predicts: the noise (the paper), the clean latents, v (which learns layouts"
@@ -285,28 +280,6 @@ class EMAConfig(Config):
         "Model file, or directory with --sweep (default: RUN/ema-WIDTH-step-STEP.safetensors)",
         short="-o",
     )
-
-
-class SampleConfig(Config):
-    """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
-
-    model: Path = argument("Diffusion model file")
-    out: Path = field(
-        STREAM, "Sample file (*.safetensors); - streams to standard output", short="-o"
-    )
-    num: Positive = field(16, "How many samples")
-    label: tuple[str, ...] = field(
-        (), "Class by name or index, or `none`; repeat for several, which take turns (default: all)"
-    )
-    steps: Positive = field(50, "Model calls for each sample (1 to T)")
-    guidance: Weight = field(2.0, "Classifier-free guidance weight; 1 = off")
-    eta: Annotated[float, Field(ge=0, le=1)] = field(0.0, "Noise put back by DDIM; 1 = DDPM")
-    seed: Count = field(0, "Seed of the first sample; the next ones count up")
-    batch_size: Positive = field(
-        16,
-        "Samples in a message and, but on the CPU, drawn at once; the result does not depend on it",
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
 
 
 class DecodeConfig(Config):

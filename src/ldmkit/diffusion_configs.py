@@ -8,11 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from ldmkit.fields import Config, Count, Finite, Fraction, Positive, Weight, field
-
-
-def _listed(depth: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
-    return (depth,) if isinstance(depth, int) else depth
+from ldmkit.condition_configs import ConditionConfig
+from ldmkit.fields import Config, Count, Finite, Fraction, Positive, Weight, field, listed
 
 
 class UNetConfig(Config):
@@ -32,7 +29,7 @@ class UNetConfig(Config):
     qk_norm: bool = field(
         False, "RMS norms on queries and keys, which keep large learning rates and bfloat16 stable"
     )
-    transformer_depth: Annotated[tuple[Positive, ...], BeforeValidator(_listed)] = field(
+    transformer_depth: Annotated[tuple[Positive, ...], BeforeValidator(listed)] = field(
         (1,), "Blocks of each spatial transformer: one number for all levels, or one for each level"
     )
     context_channels: Positive = field(512, "Width of the tokens that are attended to")
@@ -60,6 +57,11 @@ class UNetConfig(Config):
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, finest first."""
         return tuple(self.channels * multiplier for multiplier in self.multipliers)
+
+    @property
+    def embedding_width(self) -> int:
+        """Of the time embedding."""
+        return 4 * self.channels
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -261,8 +263,8 @@ class DiffusionConfig(Config):
     schedule: ScheduleConfig
     parameterization: ParameterizationName
     latent_channels: Positive
-    classes: Count
-    """Number of classes; 0 for a model without class condition."""
+    conditions: tuple[ConditionConfig, ...]
+    """What the model is told."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "DiffusionConfig":

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldmkit.conditioning.condition import dropped
+from ldmkit.conditioning.condition import replaced
+from ldmkit.conditioning.kinds import Values
 from ldmkit.conditioning.self_conditioning import SHARE, estimating_first
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentBatch
@@ -23,7 +24,7 @@ from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.weighting import Uncertainty
 from ldmkit.diffusion_configs import ObjectiveConfig
 from ldmkit.latent_diffusion import LatentDiffusion
-from ldmkit.tensors import Labels, Latents, Mask, Noise, Scalar, Sigmas
+from ldmkit.tensors import Latents, Mask, Noise, Scalar, Sigmas
 from ldmkit.training.guard import NonFiniteGuard
 from ldmkit.training.runlog import Weighted
 from ldmkit.training.runtime import noise_from
@@ -50,10 +51,9 @@ class Part(NamedTuple):
 
     latents: Latents
     """Clean and whitened."""
-    labels: Labels
+    values: dict[str, Tensor]
+    """What the samples are told."""
     sigma: Sigmas
-    drop: Mask
-    """Which samples are told nothing."""
     remembers: Mask
     """Which samples see the network's own estimate, where it is self-conditioned."""
     bins: Int[Tensor, " batch"]
@@ -64,6 +64,7 @@ class Part(NamedTuple):
 def draw_batch(
     model: LatentDiffusion,
     batch: LatentBatch,
+    values: Values,
     generator: torch.Generator,
     config: TrainDiffusionConfig,
 ) -> Part:
@@ -72,6 +73,7 @@ def draw_batch(
     Args:
         model: its device, whitening and schedule.
         batch: as read.
+        values: what its samples are told.
         generator: of the step.
         config: distribution of the noise levels, and the share of samples that are told nothing.
     """
@@ -80,19 +82,27 @@ def draw_batch(
     mean, std = batch.mean.to(device).float(), batch.std.to(device).float()
     latents = model.whiten(mean + std * noise(mean))
     sigma = draw_sigmas(model.schedule, config.objective.draw, len(latents), generator)
-    drop = torch.rand(len(latents), generator=generator) < config.condition_dropout
+    told = model.received(values)
+    empty = model.empty(told)
+    for kind, share in config.dropouts(tuple(told)).items():
+        drop = torch.rand(len(latents), generator=generator) < share
+        told[kind] = replaced(told[kind], empty[kind], drop)
     bins = level_of(model.schedule, sigma).to(device)
     remembers = torch.zeros(len(latents), dtype=torch.bool)
     if model.config.unet.self_conditioning:
         remembers = torch.rand(len(latents), generator=generator) < SHARE
-    return Part(latents, batch.label, sigma.to(device), drop, remembers, bins, noise)
+    return Part(latents, told, sigma.to(device), remembers, bins, noise)
 
 
 def divided(batch: Part, count: int) -> list[Part]:
     """So many parts of equal size."""
-    columns = [column.chunk(count) for column in batch[:-1]]
+    values = {kind: value.chunk(count) for kind, value in batch.values.items()}
+    told = [{kind: chunks[part] for kind, chunks in values.items()} for part in range(count)]
     sources = noise_of_parts(batch.noise, count)
-    return [Part(*rows) for rows in zip(*columns, sources, strict=True)]
+    latents, sigma = batch.latents.chunk(count), batch.sigma.chunk(count)
+    remembers, bins = batch.remembers.chunk(count), batch.bins.chunk(count)
+    rows = zip(latents, told, sigma, remembers, bins, sources, strict=True)
+    return [Part(*row) for row in rows]
 
 
 def noise_of_parts(noise: Noise, count: int) -> list[Noise]:
@@ -124,8 +134,6 @@ def add_gradients(learner: Learner, parts: Sequence[Part], objective: ObjectiveC
     model, losses = learner.model, []
     for part in parts:
         with learner.autocast():
-            condition = model.condition(part.labels)
-            told = dropped(condition, model.null(len(part.latents)), part.drop)
             denoise = model.denoise
             if model.config.unet.self_conditioning:
                 denoise = estimating_first(denoise, part.remembers)
@@ -135,7 +143,7 @@ def add_gradients(learner: Learner, parts: Sequence[Part], objective: ObjectiveC
                 part.latents,
                 part.sigma,
                 part.noise,
-                told,
+                model.condition(part.values),
                 objective,
             )
             balanced = loss

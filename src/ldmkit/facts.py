@@ -50,7 +50,6 @@ class DiffusionFacts(Config):
     latent_shape: tuple[int, int, int]
     """z, height, width of the latents it was trained on."""
     whitening: Whitening
-    class_names: tuple[str, ...]
     trained: Facts
     versions: dict[str, str]
 
@@ -79,7 +78,6 @@ class SampleFacts(Config):
     """Fingerprint of the autoencoder that decodes them."""
     diffusion: str
     """Fingerprint of the model they were drawn from."""
-    class_names: tuple[str, ...]
     total: int
     """How many samples the whole stream has."""
     first: int

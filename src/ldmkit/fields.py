@@ -24,6 +24,11 @@ ValueRange = Annotated[tuple[Finite, Finite], AfterValidator(_rises)]
 """The values that become -1 and 1."""
 
 
+def listed(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
+    """One value where several may stand."""
+    return (value,) if isinstance(value, int | str) else value
+
+
 def field(default: Any, text: str, *, short: str = "") -> Any:  # noqa: ANN401 - as pydantic's Field
     """A field with its default, its help text and perhaps a one-letter option."""
     return Field(default, description=text, json_schema_extra={"short": short} if short else None)

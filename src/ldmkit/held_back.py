@@ -1,6 +1,6 @@
 """The validation loss: measured on latents that are not trained on, always with the same noise."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ldmkit.assembly import diffusion_config
+from ldmkit.conditioning.kinds import Reader, readers_of, values_of
 from ldmkit.configfile import read_toml
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentSet
@@ -25,7 +26,7 @@ from ldmkit.terminal import say
 from ldmkit.training.run import CONFIG_FILE
 from ldmkit.training.runtime import autocast_for, noise_from, pick_device
 
-VALIDATION = 7  # place in the seed tree
+VALIDATION, VALUES = 7, 9  # places in the seed tree
 VALIDATION_BATCH = 16
 VALIDATED = ("validation_loss", "validation_linear", "validation_zero")
 
@@ -36,12 +37,14 @@ class HeldBack(NamedTuple):
     latents: LatentSet
     indices: np.ndarray
     seed: int
+    readers: Mapping[str, Reader]
+    """Of what they are told."""
 
-    @staticmethod
-    def choose(latents: LatentSet, indices: np.ndarray, *, count: int, seed: int) -> "HeldBack":
-        """At most `count` of these samples, by chance but always the same ones."""
-        order = np.random.default_rng(seed_for(seed, VALIDATION)).permutation(len(indices))
-        return HeldBack(latents, np.sort(indices[order[:count]]), seed)
+
+def chosen(indices: np.ndarray, *, count: int, seed: int) -> np.ndarray:
+    """At most `count` of these samples, sorted, by chance but always the same ones."""
+    order = np.random.default_rng(seed_for(seed, VALIDATION)).permutation(len(indices))
+    return np.sort(indices[order[:count]])
 
 
 def held_back_latents(
@@ -60,17 +63,16 @@ def held_back_latents(
     else:
         others = LatentSet(config.validation_latents)
         indices = np.arange(len(others))
-        ours, theirs = latents.manifest, others.manifest
-        same = ours.recipe["autoencoder"] == theirs.recipe["autoencoder"]
-        if not same or diffusion_config(config, latents) != diffusion_config(config, others):
-            what = "classes or channels" if same else "autoencoder"
+        if latents.manifest.recipe["autoencoder"] != others.manifest.recipe["autoencoder"]:
             raise DataError(
-                f"{config.validation_latents} are of another {what} than {config.latents}: encode "
-                "both with one autoencoder, from folders of the same classes"
+                f"{config.validation_latents} are of another autoencoder than {config.latents}: encode "
+                "both with one"
             )
     if not len(indices):
         return None
-    return HeldBack.choose(others, indices, count=config.validate_num, seed=config.seed)
+    few = chosen(indices, count=config.validate_num, seed=config.seed)
+    readers = readers_of(diffusion_config(config, latents).conditions, others)
+    return HeldBack(others, few, config.seed, readers)
 
 
 def validation_of(run: Path) -> Callable[[LatentDiffusion], float] | None:
@@ -125,6 +127,8 @@ def validate(
             for _ in range(2)
         )
         mean, std = batch.mean.to(device).float(), batch.std.to(device).float()
+        chance = generator_for(held.seed, VALUES, int(rows[0]))
+        values = model.received(values_of(held.readers, held.indices[rows], chance))
         with autocast():
             losses = compared_losses(
                 model.denoise,
@@ -132,7 +136,7 @@ def validate(
                 model.whiten(mean + std * posterior),
                 sigmas[rows].to(device),
                 noise,
-                model.condition(batch.label),
+                model.condition(values),
                 objective,
             )
         compared.append((rows, losses))

@@ -1,17 +1,19 @@
-"""The second stage as one module: whitening, conditioner, U-Net (Rombach et al. 2022, Sec. 3.2)."""
+"""The second stage as one module: whitening, conditioners, U-Net (Rombach et al. 2022, Sec. 3.2)."""
+
+from typing import cast
 
 import torch
 from torch import nn
 
 from ldmkit.conditioning.condition import Condition
-from ldmkit.conditioning.label import LabelConditioner
+from ldmkit.conditioning.kinds import KINDS, Conditioner, Values, Widths, joined
 from ldmkit.diffusion.denoiser import denoiser
 from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
 from ldmkit.diffusion.schedule import build_schedule
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.facts import Whitening
 from ldmkit.networks.unet import UNet
-from ldmkit.tensors import Labels, Latents, Sigmas
+from ldmkit.tensors import Latents, Sigmas
 
 
 class LatentDiffusion(nn.Module):
@@ -30,10 +32,19 @@ class LatentDiffusion(nn.Module):
         z = config.latent_channels
         self.register_buffer("latent_mean", torch.zeros(z))
         self.register_buffer("latent_std", torch.ones(z))
-        width = config.unet.context_channels
-        self.label = LabelConditioner(config.classes, width) if config.classes else None
+        conditions = config.conditions
+        widths = Widths(config.unet.context_channels, config.unet.embedding_width)
+        self.conditioners = nn.ModuleDict(
+            {
+                condition.kind: KINDS[condition.kind].build(condition, widths)
+                for condition in conditions
+            }
+        )
         self.unet = UNet(
-            config.unet, in_channels=z, out_channels=z, use_tokens=self.label is not None
+            config.unet,
+            in_channels=z + sum(condition.channels for condition in conditions),
+            out_channels=z,
+            use_tokens=any(condition.attended for condition in conditions),
         )
         with torch.device("cpu"):  # a table of numbers, also where the model is without memory
             self.schedule = build_schedule(config.schedule, config.parameterization)
@@ -52,13 +63,24 @@ class LatentDiffusion(nn.Module):
         """Back to the autoencoder's own space."""
         return latents * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)
 
-    def condition(self, labels: Labels) -> Condition:
-        """The condition of a batch of labels (-1: none)."""
-        return self.label(labels) if self.label is not None else Condition()
+    def received(self, values: Values) -> dict[str, torch.Tensor]:
+        """What a batch is told, where the network is and in its units."""
+        return {kind: value.to(self.latent_mean.device) for kind, value in values.items()}
 
-    def null(self, count: int) -> Condition:
-        """The condition of samples that are told nothing."""
-        return self.label.null(count) if self.label is not None else Condition()
+    def empty(self, values: Values) -> dict[str, torch.Tensor]:
+        """Values of the same shapes that say nothing."""
+        return {kind: self._conditioner(kind).empty(value) for kind, value in values.items()}
+
+    def condition(self, values: Values) -> Condition:
+        """The condition of a batch from what it is told: received values of every condition.
+
+        Raises:
+            KeyError: a condition of the model has no values.
+        """
+        return joined([self._conditioner(kind)(values[kind]) for kind in self.conditioners])
+
+    def _conditioner(self, kind: str) -> Conditioner:
+        return cast("Conditioner", self.conditioners[kind])
 
     def denoise(self, x: Latents, sigma: Sigmas, condition: Condition) -> Latents:
         """Clean whitened latents expected behind `x`, noisy at level `sigma`."""

@@ -1,7 +1,7 @@
 """What a condition is, whatever it was made from: three ways into the network.
 
-A conditioner turns part of a batch into a `Condition` and knows its null, the condition of a sample
-that is told nothing (for classifier-free guidance, Ho and Salimans 2021).
+A conditioner turns the values of a batch, one tensor, into a `Condition`, and knows the values that say
+nothing, which classifier-free guidance needs (Ho and Salimans 2021).
 """
 
 from typing import NamedTuple
@@ -27,16 +27,10 @@ class Condition(NamedTuple):
     batch holds every sample several times."""
 
 
-def dropped(condition: Condition, null: Condition, drop: Mask) -> Condition:
-    """Replace the condition of the samples where `drop` is true by the null."""
-
-    def choose(given: Tensor | None, nothing: Tensor | None) -> Tensor | None:
-        if given is None or nothing is None:
-            return None
-        shape = [-1] + [1] * (given.ndim - 1)
-        return torch.where(drop.to(given.device).view(shape), nothing, given)
-
-    return Condition(*(choose(*pair) for pair in zip(condition, null, strict=True)))
+def replaced(values: Tensor, others: Tensor, rows: Mask) -> Tensor:
+    """Values of a condition whose `rows` are those of `others`."""
+    shape = [-1] + [1] * (values.ndim - 1)
+    return torch.where(rows.to(values.device).view(shape), others, values)
 
 
 def stacked(first: Condition, second: Condition) -> Condition:

@@ -24,7 +24,7 @@ from ldmkit.data.order import is_held_back
 from ldmkit.errors import DataError, StorageError
 from ldmkit.facts import Manifest, ShardEntry
 from ldmkit.manifest import read_manifest, verify_shard
-from ldmkit.tensors import Labels, Latents
+from ldmkit.tensors import Latents
 
 LATENT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 Shape = tuple[int, int, int]
@@ -33,13 +33,12 @@ Value = TypeVar("Value")
 
 
 class LatentBatch(NamedTuple):
-    """Posteriors and labels of a batch."""
+    """Posteriors of a batch."""
 
     mean: Latents
     """In the number format of the set: float16, bfloat16 or float32."""
     std: Latents
     """Zero where the bottleneck has no noise."""
-    label: Labels
 
 
 class LatentSet:
@@ -58,7 +57,7 @@ class LatentSet:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.manifest = read_manifest(directory)
+        self.directory, self.manifest = directory, read_manifest(directory)
         entries = self.manifest.shards
         self._starts = np.cumsum([0, *(entry.count for entry in entries)])
         if not 0 < len(self) == self.manifest.count:
@@ -116,7 +115,7 @@ class LatentSet:
         std = torch.zeros((), dtype=mean.dtype).expand_as(mean)
         if self._noisy:
             std = self._gather(self._std, owners, rows, shape)
-        return LatentBatch(mean, std, torch.from_numpy(self.labels[wanted]))
+        return LatentBatch(mean, std)
 
     def texts(self, name: str) -> Iterator[str]:
         """A text column (`key` or `caption`), from the first sample to the last.
@@ -141,6 +140,15 @@ class LatentSet:
         if not len(indices):
             raise DataError(f"--holdout {share} leaves none of the {len(self)} latents to train on")
         return indices
+
+    def in_turns(self, indices: np.ndarray) -> np.ndarray:
+        """These samples in such an order that the classes take turns."""
+        labels = self.labels[indices]
+        order = np.argsort(labels, kind="stable")
+        starts = np.searchsorted(labels[order], labels[order], side="left")
+        rank = np.empty(len(indices), dtype=np.int64)
+        rank[order] = np.arange(len(indices)) - starts
+        return indices[np.lexsort((labels, rank))]
 
     def wait_until_verified(self) -> None:
         """Return when the bytes of every shard are known to be those of the manifest.

@@ -131,9 +131,9 @@ def shard_tensors(
         **moments,
         "label": torch.tensor([row.item.label for row in rows], dtype=torch.int64),
         "view": torch.tensor([row.view for row in rows], dtype=torch.int64),
-        **_ragged("key", [row.item.key for row in rows]),
-        **_ragged("caption", [row.item.caption for row in rows]),
-        **_ragged("group", [row.item.group for row in rows]),
+        **text_columns("key", [row.item.key for row in rows]),
+        **text_columns("caption", [row.item.caption for row in rows]),
+        **text_columns("group", [row.item.group for row in rows]),
         **extra,
     }
 
@@ -219,7 +219,8 @@ def build_manifest(
     )
 
 
-def _ragged(name: str, texts: Sequence[str]) -> dict[str, Tensor]:
+def text_columns(name: str, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Texts of the rows as they are stored: their bytes in a row, and where each begins and ends."""
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
     offsets = np.cumsum([0, *(len(text) for text in encoded)])
     data = np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()

@@ -100,7 +100,7 @@ class UNet(nn.Module):
         self.config, self.use_tokens, self.out_channels = config, use_tokens, out_channels
         widths, last = config.widths, len(config.widths) - 1
         attends = [factor in config.attention_factors for factor in config.factors]
-        self.embedding_width = 4 * config.channels
+        self.embedding_width = config.embedding_width
         self.embed_time = nn.Sequential(
             nn.Linear(config.channels, self.embedding_width),
             nn.SiLU(),

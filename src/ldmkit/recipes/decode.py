@@ -1,5 +1,6 @@
 """`ldmkit decode`: sampled latents in, pictures out."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ import torch
 from ldmkit.assembly import autoencoder_facts, load_autoencoder, require_same_autoencoder
 from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.configs import STREAM, DecodeConfig
+from ldmkit.data.latents import unragged
 from ldmkit.durable import atomic_file, sweep_temporaries
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import AutoencoderFacts, SampleFacts, validated
@@ -77,12 +79,16 @@ def decode(config: DecodeConfig, stream: BufferedIOBase | None = None) -> Path:
     return config.out
 
 
-def picture_name(seed: int, label: int, class_names: tuple[str, ...]) -> str:
-    """File name of a picture without suffix: seed and class, of safe characters only."""
-    if label < 0:
-        return f"{seed:06d}"
-    slug = re.sub(r"[^a-z0-9]+", "-", class_names[label].lower()).strip("-")[:60]
-    return f"{seed:06d}-{slug or label}"
+def picture_name(seed: int, told: str) -> str:
+    """File name of a picture without suffix: seed and what it was told, of safe characters only.
+
+    Args:
+        seed: of the sample.
+        told: what it was told, as JSON.
+    """
+    words = " ".join(str(value) for value in json.loads(told).values() if isinstance(value, str))
+    slug = re.sub(r"[^a-z0-9]+", "-", words.lower())[:60].strip("-")
+    return f"{seed:06d}-{slug}" if slug else f"{seed:06d}"
 
 
 def choose_format(config: DecodeConfig, facts: AutoencoderFacts) -> str:
@@ -145,10 +151,10 @@ def _blocks(
 def _read(file: BufferedIOBase, source: str) -> Iterator[tuple[Latents, list[str], SampleFacts]]:
     for header, tensors in load_messages(file, source, kind="samples"):
         facts = validated(SampleFacts, header.facts, source)
-        seeds, labels = tensors["seed"].tolist(), tensors["label"].tolist()
+        told = unragged(tensors["told.bytes"].numpy(), tensors["told.offsets"].numpy())
         names = [
-            picture_name(seed, label, facts.class_names)
-            for seed, label in zip(seeds, labels, strict=True)
+            picture_name(seed, one)
+            for seed, one in zip(tensors["seed"].tolist(), told, strict=True)
         ]
         yield tensors["latents"], names, facts
 

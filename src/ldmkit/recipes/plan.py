@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldmkit.assembly import autoencoder_facts, build_autoencoder, build_diffusion, diffusion_config
 from ldmkit.autoencoder.discriminator import PatchDiscriminator
+from ldmkit.conditioning.kinds import readers_of, values_of
 from ldmkit.configs import STREAM, TrainAEConfig, TrainDiffusionConfig
 from ldmkit.data.images import read_images, split
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.latents import STORED_DTYPES
+from ldmkit.data.order import generator_for
 from ldmkit.data.sources import open_source
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import UsageError
@@ -88,14 +90,22 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
         raise UsageError("--dry-run reads no stream: name a latent set on disk")
     latents = LatentSet(config.latents)
     largest = max(latents.shapes, key=math.prod)
-    batch = latents.read(latents.shapes[largest][: config.batch_size])
+    indices = latents.shapes[largest][: config.batch_size]
+    batch = latents.read(indices)
+    settled = diffusion_config(config, latents)
+    readers = readers_of(settled.conditions, latents)
+    first = values_of(readers, indices[:1], generator_for(config.seed))
     with torch.device("meta"):
-        model = build_diffusion(diffusion_config(config, latents))
+        model = build_diffusion(settled)
         x = torch.empty(config.batch_size, *batch.mean.shape[1:])
-        labels = torch.empty(config.batch_size, dtype=torch.int64)
         times = torch.empty(config.batch_size)
-        saved = saved_bytes(lambda: model.unet(x, times, *model.condition(labels)))
-        work = operations(lambda: model.unet(x[:1], times[:1], *model.condition(labels[:1])))
+        one = {kind: value.to("meta") for kind, value in first.items()}
+        whole = {
+            kind: value.expand(config.batch_size, *value.shape[1:]) for kind, value in one.items()
+        }
+        saved = saved_bytes(lambda: model.unet(x, times, *model.condition(whole)))
+        work = operations(lambda: model.unet(x[:1], times[:1], *model.condition(one)))
+    told = ", ".join(condition.kind for condition in settled.conditions) or "nothing"
     trained = parameters(model)
     tracked = len(WIDTHS) if config.average.snapshots else 0
     copies = TRAINED_COPIES + tracked
@@ -107,7 +117,7 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
         disk += snapshots * tracked * trained * width
     return [
         f"data: {len(latents)} latents of {list(batch.mean.shape[1:])}; a batch is {list(x.shape)}",
-        f"parameters: {trained:,}; told of {model.config.classes} classes",
+        f"parameters: {trained:,}; told: {told}",
         f"compute: {work / 1e9:,.1f} GFLOPs for each image and model call, {BACKWARD * work / 1e9:,.1f} to train on it",
         f"memory: about {size(trained * FLOAT_BYTES * (copies + 1) + saved)}",
         f"disk: about {size(disk)} in {config.out}",

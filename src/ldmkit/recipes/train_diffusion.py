@@ -1,5 +1,6 @@
 """`ldmkit train-diffusion`: latents in, a diffusion model file out."""
 
+from collections.abc import Mapping
 from io import BufferedIOBase
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +16,12 @@ from ldmkit.assembly import (
     save_diffusion,
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
-from ldmkit.conditioning.condition import stacked
-from ldmkit.conditioning.self_conditioning import remembering
+from ldmkit.conditioning.kinds import Reader, readers_of, values_of
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_batches import samples_of_step, training_buckets
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.latent_stream import receive_latents
 from ldmkit.data.order import generator_for, seed_for
-from ldmkit.diffusion.denoiser import guided
-from ldmkit.diffusion.samplers import sample_ddim
 from ldmkit.diffusion.weighting import Uncertainty
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.diffusion_step import (
@@ -33,9 +31,10 @@ from ldmkit.diffusion_step import (
     draw_batch,
     measured,
 )
+from ldmkit.drawing import Manner, draw_latents
 from ldmkit.errors import InterruptedRun, NonFiniteError, UsageError
 from ldmkit.facts import DiffusionFacts, Manifest
-from ldmkit.held_back import VALIDATED, HeldBack, as_sentence, held_back_latents, validate
+from ldmkit.held_back import VALIDATED, VALUES, HeldBack, as_sentence, held_back_latents, validate
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
 from ldmkit.networks.unet import Stage
@@ -75,6 +74,8 @@ class Data(NamedTuple):
     latents: LatentSet
     buckets: list[np.ndarray]
     """Samples to train on, apart by the shape of their latents."""
+    readers: Mapping[str, Reader]
+    """Of what the samples are told."""
     held_back: HeldBack | None
 
 
@@ -103,7 +104,8 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
     buckets = training_buckets(latents, config.holdout)
     training = np.concatenate(buckets)
     model_config = diffusion_config(config, latents)
-    told = f"{model_config.classes} classes" if model_config.classes else "no condition"
+    told = ", ".join(condition.kind for condition in model_config.conditions) or "no condition"
+    readers = readers_of(model_config.conditions, latents)
     shapes = ", ".join(str(shape) for shape in latents.shapes)
     say(f"{len(training)} latents of {shapes} from {config.latents}, {told}")
     if config.scale_lr:
@@ -116,7 +118,7 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
     open_run(config)
 
     learner = build_learner(config, model_config, manifest, device)
-    data = Data(latents, buckets, held_back)
+    data = Data(latents, buckets, readers, held_back)
     quality = train(config, learner, data, autoencoder)
 
     facts = facts_after(config.steps, config, learner, data, quality)
@@ -147,7 +149,6 @@ def facts_after(
         autoencoder=manifest.recipe["autoencoder"],
         latent_shape=manifest.latent_shape,
         whitening=manifest.whitening,
-        class_names=manifest.class_names if learner.model.config.classes else (),
         trained=trained,
         versions=versions(),
     )
@@ -187,7 +188,7 @@ def train(
                 also = {"learning_rate": rate, "skipped_updates": float(guard.skipped)}
                 means = log.write_means(step, config.batch_size, also) or means
             if autoencoder and due(step, config.sample_every, config.steps) and step > start:
-                pixels = preview(average, autoencoder, data.latents.manifest, config)
+                pixels = preview(average, autoencoder, data, config)
                 log.picture(step, "samples", grid(pixels, COLUMNS))
             measuring = due(step, config.validate_every, config.steps) and (step > start or last)
             if data.held_back and measuring:
@@ -215,7 +216,8 @@ def train(
             )
             generator = generator_for(config.seed, NOISE, step)
             read = data.latents.read(indices)
-            batch = draw_batch(model, read, generator, config)
+            values = values_of(data.readers, indices, generator_for(config.seed, VALUES, step))
+            batch = draw_batch(model, read, values, generator, config)
             rate = learning_rate(config.peak_lr, step, config) * lr_decay(step, config)
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
@@ -297,27 +299,17 @@ def latents_of(config: TrainDiffusionConfig, stream: BufferedIOBase | None) -> P
     return receive_latents(stream, config.out / "latents")
 
 
-@torch.no_grad()
 def preview(
-    model: LatentDiffusion,
-    autoencoder: Autoencoder,
-    manifest: Manifest,
-    config: TrainDiffusionConfig,
+    model: LatentDiffusion, autoencoder: Autoencoder, data: Data, config: TrainDiffusionConfig
 ) -> torch.Tensor:
-    """8-bit pixels of samples from fixed seeds; the classes take turns."""
-    device = model.latent_mean.device
-    labels = torch.arange(PREVIEWS) % max(model.config.classes, 1)
+    """8-bit pixels of samples from fixed seeds, told what some of the latents are; classes take turns."""
+    latents = data.latents
+    of_shape = latents.shapes[latents.manifest.latent_shape]
+    indices = latents.in_turns(of_shape)[np.arange(PREVIEWS) % len(of_shape)]
+    values = values_of(data.readers, indices, generator_for(config.seed, VALUES))
+    shape = (PREVIEWS, *latents.manifest.latent_shape)
     noise = noise_from(generator_for(config.seed, PREVIEW))
-    sigmas = model.schedule.steps(config.preview_steps)
-    start = noise(torch.empty(PREVIEWS, *manifest.latent_shape, device=device))
-    condition = stacked(model.condition(labels), model.null(PREVIEWS))
-    denoise = guided(model.denoise, config.preview_guidance)
-    if model.config.unet.self_conditioning:
-        denoise = remembering(denoise)
-    clean = sample_ddim(
-        lambda x, sigma: denoise(x, sigma, condition),
-        model.schedule.initial(start, float(sigmas[0])),
-        sigmas,
-        noise=noise,
-    )
-    return to_pixels(autoencoder.decode(model.unwhiten(clean)))
+    manner = Manner(config.preview_steps, config.preview_guidance)
+    clean = draw_latents(model, values, shape, noise, manner)
+    with torch.no_grad():
+        return to_pixels(autoencoder.decode(clean))

@@ -4,6 +4,7 @@ import csv
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,13 +58,27 @@ def read_table(path: Path, problems: list[Problem]) -> Table:
 
 def _jsonl(path: Path, problems: list[Problem]) -> Iterator[Row]:
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_TEXT_BYTES + 1):
-            number += 1
-            where = f"{path}, line {number}"
-            if len(line) > MAX_TEXT_BYTES:
-                raise DataError(f"{where} is longer than 1 MiB; put one JSON object in each line")
-            yield from _jsonl_row(where, line, problems)
+        yield from read_jsonl(file, str(path), problems)
+
+
+def read_jsonl(file: BufferedIOBase, source: str, problems: list[Problem]) -> Iterator[Row]:
+    """Rows of JSON lines; bad ones become problems.
+
+    Args:
+        file: to read from.
+        source: its name in messages.
+        problems: is added to.
+
+    Raises:
+        DataError: a line is too long.
+    """
+    number = 0
+    while line := file.readline(MAX_TEXT_BYTES + 1):
+        number += 1
+        where = f"{source}, line {number}"
+        if len(line) > MAX_TEXT_BYTES:
+            raise DataError(f"{where} is longer than 1 MiB; put one JSON object in each line")
+        yield from _jsonl_row(where, line, problems)
 
 
 def _jsonl_row(where: str, line: bytes, problems: list[Problem]) -> Iterator[Row]:

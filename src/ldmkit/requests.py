@@ -1,0 +1,222 @@
+"""What samples are told: as a user types it, from a file of lines, or as the latents of a set are."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
+from ldmkit.configs import STREAM
+from ldmkit.data.formats.tables import Row, read_jsonl, read_table
+from ldmkit.data.items import Problem
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.data.order import generator_for
+from ldmkit.diffusion_configs import DiffusionConfig
+from ldmkit.errors import DataError, UsageError
+from ldmkit.generation_configs import SampleConfig
+
+USUAL = 16
+"""Samples, where nothing says how many."""
+LIKE = 10
+"""Place in the seed tree of what is random about conditions read from a set."""
+ALIASES = {"label": "class", "prompt": "text", "caption": "text", "boxes": "layout"}
+"""Other names of columns."""
+TABLES = (".jsonl", ".csv")
+
+
+class Asked(NamedTuple):
+    """What all samples of a call are told."""
+
+    said: list[dict[str, str]]
+    """For people and for the sample file: what each sample is told, by kind of condition."""
+    values: Callable[[Sequence[int]], dict[str, Tensor]]
+    """Numbers of samples -> the values for the model."""
+
+
+class Request(NamedTuple):
+    """What one sample is told."""
+
+    where: str
+    """The option, or the file and line, that says so."""
+    told: Mapping[str, Any]
+    """By kind of condition."""
+
+
+def asked_of(config: SampleConfig, model: DiffusionConfig, source: BufferedIOBase | None) -> Asked:
+    """What the samples are told.
+
+    Args:
+        config: of the command.
+        model: what it can be told.
+        source: where lines come from if the config says `-`.
+
+    Raises:
+        UsageError: the model cannot be told it, or an option has no such value.
+        DataError: a file cannot be read, or a line of it has no such value.
+    """
+    if config.like is not None:
+        return _as_the_set(config, model, config.like)
+    requests = _requests(config, model, source)
+    count = config.num or (len(requests) if config.prompts or config.conditions else USUAL)
+    turns = [number % len(requests) for number in range(count)]
+    kinds = [condition.kind for condition in model.conditions]
+    for request in requests:
+        _require_known(request, kinds, str(config.model))
+    rows = {
+        condition.kind: torch.stack([_row(condition, request) for request in requests])
+        for condition in model.conditions
+    }
+    said = [
+        {
+            condition.kind: KINDS[condition.kind].words(condition, request.told[condition.kind])
+            for condition in model.conditions
+            if condition.kind in request.told
+        }
+        for request in requests
+    ]
+    return Asked(
+        [said[turn] for turn in turns],
+        lambda numbers: {kind: found[[turns[n] for n in numbers]] for kind, found in rows.items()},
+    )
+
+
+def _requests(
+    config: SampleConfig, model: DiffusionConfig, source: BufferedIOBase | None
+) -> list[Request]:
+    if config.prompts is not None:
+        lines = _text_of(config.prompts, source).splitlines()
+        name = _named(config.prompts)
+        found = [
+            Request(f"{name}, line {number}", {"text": line})
+            for number, line in enumerate(lines, start=1)
+        ]
+    elif config.conditions is not None:
+        found = [Request(row.where, _told(row)) for row in _rows_of(config.conditions, source)]
+    else:
+        return _typed(config, model)
+    if not found:
+        raise DataError(f"{_named(config.prompts or config.conditions or STREAM)} has no lines")
+    return found
+
+
+def _typed(config: SampleConfig, model: DiffusionConfig) -> list[Request]:
+    """What options say; without any, all classes take turns."""
+    told: dict[str, tuple[str, ...]] = {}
+    if config.label:
+        told["class"] = config.label
+    if config.prompt:
+        told["text"] = config.prompt
+    kinds = {condition.kind: condition for condition in model.conditions}
+    if not told and "class" in kinds:
+        told["class"] = kinds["class"].names
+    count = max((len(values) for values in told.values()), default=1)
+    names = {"class": "--label", "text": "--prompt"}
+    return [
+        Request(
+            ", ".join(
+                f"{names[kind]} {values[turn % len(values)]}" for kind, values in told.items()
+            ),
+            {kind: values[turn % len(values)] for kind, values in told.items()},
+        )
+        for turn in range(count)
+    ]
+
+
+def _rows_of(path: Path, source: BufferedIOBase | None) -> list[Row]:
+    problems: list[Problem] = []
+    if path == STREAM:
+        rows = list(read_jsonl(_stream(source), _named(path), problems))
+    elif path.suffix in TABLES:
+        rows = read_table(path, problems).rows
+    else:
+        raise UsageError(f"--conditions {path}: name a file of {' or '.join(TABLES)}")
+    if problems:
+        raise DataError(problems[0].text)
+    return rows
+
+
+def _told(row: Row) -> dict[str, Any]:
+    """The kinds of condition that a row speaks of; what is empty says nothing."""
+    return {
+        ALIASES.get(name, name): value
+        for name, value in row.values.items()
+        if value not in ("", None)
+    }
+
+
+def _text_of(path: Path, source: BufferedIOBase | None) -> str:
+    try:
+        data = _stream(source).read() if path == STREAM else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{_named(path)} is not UTF-8; save it as UTF-8") from error
+
+
+def _stream(source: BufferedIOBase | None) -> BufferedIOBase:
+    if source is None:
+        raise UsageError("lines are to come from `-`, and no stream was given to read from")
+    return source
+
+
+def _named(path: Path) -> str:
+    return "standard input" if path == STREAM else str(path)
+
+
+def _require_known(request: Request, kinds: Sequence[str], model: str) -> None:
+    for name in request.told:
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else f"it knows {_listed(kinds)}"
+            raise UsageError(f"{request.where}: {model} was trained without {name}; {hint}")
+
+
+def _listed(kinds: Iterable[str]) -> str:
+    return ", ".join(kinds) or "no conditions"
+
+
+def _row(condition: Any, request: Request) -> Tensor:  # noqa: ANN401 - any stored condition
+    kind = KINDS[condition.kind]
+    value = request.told.get(condition.kind, kind.silence)
+    if value is None:
+        raise UsageError(
+            f"{request.where or 'the samples'}: the model has to be told {condition.kind}; give "
+            "--conditions or --like"
+        )
+    try:
+        return kind.row(condition, value)
+    except ValueError as error:
+        typed = request.where.startswith("--")
+        raise (UsageError if typed else DataError)(f"{request.where}: {error}") from error
+
+
+def _as_the_set(config: SampleConfig, model: DiffusionConfig, directory: Path) -> Asked:
+    latents = LatentSet(directory)
+    readers = readers_of(model.conditions, latents)
+    indices = np.arange(len(latents))
+    if config.holdout:
+        indices = np.setdiff1d(indices, latents.training_indices(config.holdout))
+        if not len(indices):
+            raise DataError(f"--holdout {config.holdout:g} keeps none of the latents back")
+    turns = indices[np.arange(config.num or USUAL) % len(indices)]
+    keys = list(latents.texts("key"))
+
+    def values(numbers: Sequence[int]) -> dict[str, Tensor]:
+        alone = [
+            values_of(readers, turns[[n]], generator_for(config.seed, LIKE, n)) for n in numbers
+        ]
+        return {kind: torch.cat([one[kind] for one in alone]) for kind in readers}
+
+    return Asked([{"like": keys[index]} for index in turns], values)
+
+
+def as_lines(said: Sequence[Mapping[str, str]]) -> list[str]:
+    """What samples are told, as JSON."""
+    return [json.dumps(dict(one), ensure_ascii=False) for one in said]
