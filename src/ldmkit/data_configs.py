@@ -28,6 +28,8 @@ Location = Annotated[
 ]
 """A path or a URL; not a `Path`, which would fold the two slashes of `https://`."""
 
+DegradationName = Literal["bicubic", "bsr"]
+
 
 def _is_pattern(text: str | None) -> str | None:
     if text is not None:
@@ -127,9 +129,14 @@ class EncodeConfig(SourceConfig):
     view_jitter: Fraction = field(
         0.0, "Largest change of brightness and contrast of random crops; 0.1 = by up to 10 %"
     )
-    seed: Count = field(0, "Fixes the random crops")
+    seed: Count = field(0, "Fixes the random crops, and what --lowres-degradation bsr does")
     lowres: Count = field(
         0, "Store each picture, smaller by this factor, as the input of super-resolution; 0 = no"
+    )
+    lowres_degradation: DegradationName = field(
+        "bicubic",
+        "How --lowres makes pictures small: bicubic, or bsr = with random blur, resizing, noise and JPEG"
+        " as well (the paper's super-resolution model)",
     )
     shard_size: Positive = field(1024, "Pictures for each shard file")
     batch_size: Positive = field(32, "Latents computed at once")
@@ -161,6 +168,15 @@ class EncodeConfig(SourceConfig):
             raise ValueError("--add keeps a set and --force replaces it: give one of them")
         if str(self.out) == "-" and (self.add or self.jobs):
             raise ValueError("--add and --jobs write to a directory: give --out")
+        return self
+
+    @model_validator(mode="after")
+    def _degradation_has_a_size(self) -> "EncodeConfig":
+        if self.lowres_degradation != "bicubic" and not self.lowres:
+            raise ValueError(
+                f"--lowres-degradation {self.lowres_degradation} makes the pictures of --lowres: give "
+                "their factor, such as --lowres 4"
+            )
         return self
 
 

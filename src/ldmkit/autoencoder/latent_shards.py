@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
-from ldmkit.data.encoding import Batch, Task, ViewSettings, read_batches
+from ldmkit.data.encoding import Batch, LowResolution, Task, View, ViewSettings, read_batches
 from ldmkit.data.gaps import fill_gaps
-from ldmkit.data.items import Box
 from ldmkit.data.latents import (
     STORED_DTYPES,
     Row,
@@ -20,7 +19,6 @@ from ldmkit.data.latents import (
     moments_of,
     shard_tensors,
 )
-from ldmkit.data.preprocessing import resize
 from ldmkit.data.tally import tally_of
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import DataError
@@ -42,6 +40,8 @@ class Work(NamedTuple):
     """Which of boxes, labelmap, mask and lowres are stored."""
     depth: Depth
     """Number format of the pictures that the autoencoder saw."""
+    lowres: LowResolution | None
+    """How the column of that name is made; None where there is none."""
 
 
 class Shard(NamedTuple):
@@ -69,7 +69,12 @@ def encode_shards(
     """
     batch_size = 1 if config.tile else config.batch_size
     batches = read_batches(
-        tasks, work.preprocessing, work.views, batch_size=batch_size, workers=config.workers
+        tasks,
+        work.preprocessing,
+        work.views,
+        lowres=work.lowres,
+        batch_size=batch_size,
+        workers=config.workers,
     )
     bad_left = int(config.max_bad * sum(len(task.items) for task in tasks))
     for number, members in itertools.groupby(batches, key=lambda batch: batch.shard):
@@ -129,8 +134,8 @@ def build_shard(model: Autoencoder, task: Task, parts: Sequence[EncodedBatch], w
         for number, view in enumerate(reading.views)
     ]
     images = [part.batch.images for part in parts if part.batch.images is not None]
-    labelmaps = [view.labelmap for reading in readings for view in reading.views]
-    extra = extra_columns(work, task, images, [row.boxes for row in rows], labelmaps)
+    views = [view for reading in readings for view in reading.views]
+    extra = extra_columns(work, task, images, views)
     tensors = shard_tensors(mean, std, rows, extra)
     changes = tally_of((task.items[reading.place].key, reading.conversions) for reading in readings)
     facts = ShardFacts(
@@ -154,25 +159,24 @@ def extra_columns(
     work: Work,
     task: Task,
     images: Sequence[Tensor],
-    boxes: Sequence[Sequence[Box]],
-    labelmaps: Sequence[Tensor | None],
+    views: Sequence[View],
 ) -> dict[str, Tensor]:
     """The columns that only some sets have."""
     height, width = task.size
     columns: dict[str, Tensor] = {}
     if "boxes" in work.columns:
-        columns |= box_columns(boxes)
+        columns |= box_columns([view.boxes for view in views])
     if "labelmap" in work.columns:
         unknown = torch.full(task.size, UNLABELLED, dtype=torch.uint8)
-        maps = [unknown if labelmap is None else labelmap for labelmap in labelmaps]
+        maps = [unknown if view.labelmap is None else view.labelmap for view in views]
         columns["labelmap"] = torch.stack(maps) if maps else unknown[None][:0]
     if "mask" in work.columns:
         none = torch.empty(0, height, width, dtype=torch.uint8)
         columns["mask"] = torch.cat([none, *((~x.isnan().any(1)).byte() for x in images)])
-    if "lowres" in work.columns:
-        side = (height // work.recipe["lowres"], width // work.recipe["lowres"])
-        small = [resize(fill_gaps(x).images, side, "bicubic") for x in images]
+    if work.lowres is not None:
+        side = (height // work.lowres.ratio, width // work.lowres.ratio)
         none = torch.empty(0, work.preprocessing.channels, *side)
+        small = [view.lowres[None] for view in views if view.lowres is not None]
         stored = torch.cat([none, *small])
         columns["lowres"] = to_pixels(stored) if work.depth == "uint8" else stored
     return columns

@@ -9,21 +9,25 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldmkit.autoencoder_configs import PreprocessingConfig
-from ldmkit.data.gaps import require_some
+from ldmkit.data.degradation import degraded
+from ldmkit.data.gaps import fill_gaps, require_some
 from ldmkit.data.images import decode_item
 from ldmkit.data.items import Box, Item
 from ldmkit.data.labelmaps import read_labelmap
 from ldmkit.data.look import conversions, look_at
-from ldmkit.data.order import generator_for
+from ldmkit.data.order import generator_for, seed_for
 from ldmkit.data.pictures import Picture
 from ldmkit.data.placement import Placement, place, place_boxes
 from ldmkit.data.preprocessing import lay, lay_classes
+from ldmkit.data_configs import DegradationName
 from ldmkit.errors import LdmkitError
+from ldmkit.facts import Depth
 
 
 class Task(NamedTuple):
@@ -55,12 +59,24 @@ class ViewSettings(NamedTuple):
     seed: int = 0
 
 
+class LowResolution(NamedTuple):
+    """How the small version of each view is made."""
+
+    ratio: int
+    """Times smaller, in height and in width."""
+    degradation: DegradationName
+    seed: int
+    depth: Depth
+    """Number format of the pictures."""
+
+
 class View(NamedTuple):
     """One view of a picture."""
 
     picture: Picture
     boxes: tuple[Box, ...]
     labelmap: Tensor | None
+    lowres: Picture | None
 
 
 class Reading(NamedTuple):
@@ -115,6 +131,7 @@ def read_batches(
     preprocessing: PreprocessingConfig,
     views: ViewSettings,
     *,
+    lowres: LowResolution | None = None,
     batch_size: int,
     workers: int,
 ) -> Iterator[Batch]:
@@ -124,6 +141,7 @@ def read_batches(
         tasks: the shards to make.
         preprocessing: without randomness, which the views bring.
         views: of each item.
+        lowres: small version of each view; None for no such.
         batch_size: views in a batch, at most (but all views of an item stay together).
         workers: processes that read; 0 reads here.
     """
@@ -134,7 +152,7 @@ def read_batches(
         for first in range(0, len(task.items), items_at_once)
     ]
     loader = DataLoader(
-        _Readings(tasks, preprocessing, views),
+        _Readings(tasks, preprocessing, views, lowres),
         batch_sampler=chunks,
         num_workers=workers,
         collate_fn=_batch,
@@ -147,16 +165,23 @@ class _Readings(Dataset[tuple[int, Reading]]):
     """The reading of the item at (task, place in its shard)."""
 
     def __init__(
-        self, tasks: Sequence[Task], preprocessing: PreprocessingConfig, views: ViewSettings
+        self,
+        tasks: Sequence[Task],
+        preprocessing: PreprocessingConfig,
+        views: ViewSettings,
+        lowres: LowResolution | None,
     ) -> None:
         self.tasks, self.preprocessing, self.views = tasks, preprocessing, views
+        self.lowres = lowres
 
     def __getitem__(self, address: tuple[int, int]) -> tuple[int, Reading]:
         shard, position = address
         task = self.tasks[shard]
         item = task.items[position]
         try:
-            views, changes = read_views(item, self.preprocessing, self.views, task.size)
+            views, changes = read_views(
+                item, self.preprocessing, self.views, task.size, self.lowres
+            )
         except LdmkitError as error:  # raised by who reads this, in the process that people see
             return shard, Reading(position, (), (), error)
         return shard, Reading(position, views, changes, None)
@@ -179,6 +204,7 @@ def read_views(
     preprocessing: PreprocessingConfig,
     settings: ViewSettings,
     size: tuple[int, int],
+    lowres: LowResolution | None = None,
 ) -> tuple[tuple[View, ...], tuple[str, ...]]:
     """The views of one item, and what its decoding changed.
 
@@ -201,7 +227,8 @@ def read_views(
             seen = _jittered(seen, settings.jitter, _draw(item, settings, number, 1))
         seen = require_some(seen, f"the part of {item.name} that is encoded")
         labelmap = None if classes is None else lay_classes(classes, where)
-        views.append(View(seen, place_boxes(item.boxes, where), labelmap))
+        small = None if lowres is None else _small(seen, item, lowres, number)
+        views.append(View(seen, place_boxes(item.boxes, where), labelmap, small))
     return tuple(views), changes
 
 
@@ -221,9 +248,19 @@ def _placement(
     return place(shape, moving, draw, size=size, zoom=zoom, name=item.name)
 
 
+def _small(picture: Picture, item: Item, lowres: LowResolution, number: int) -> Picture:
+    draw = np.random.default_rng(seed_for(lowres.seed, _number_of(item), number, 2))
+    whole = fill_gaps(picture[None]).images[0]
+    return degraded(whole, lowres.ratio, lowres.degradation, draw, depth=lowres.depth)
+
+
 def _draw(item: Item, settings: ViewSettings, *place: int) -> torch.Generator:
+    return generator_for(settings.seed, _number_of(item), *place)
+
+
+def _number_of(item: Item) -> int:
     key = hashlib.sha256(item.key.encode("utf-8", "surrogatepass")).digest()
-    return generator_for(settings.seed, int.from_bytes(key[:8], "big"), *place)
+    return int.from_bytes(key[:8], "big")
 
 
 def _jittered(picture: Picture, amount: float, draw: torch.Generator) -> Picture:

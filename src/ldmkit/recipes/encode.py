@@ -10,7 +10,7 @@ from ldmkit.autoencoder.latent_shards import Work, encode_shards
 from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.configs import STREAM
 from ldmkit.data.buckets import bucket_shapes, sorted_into_buckets
-from ldmkit.data.encoding import Task, ViewSettings, plan_shards
+from ldmkit.data.encoding import LowResolution, Task, ViewSettings, plan_shards
 from ldmkit.data.former_set import (
     former_manifest,
     items_of,
@@ -167,6 +167,9 @@ def plan_work(config: EncodeConfig, facts: AutoencoderFacts, source: Source) -> 
         "lowres": config.lowres > 0,
     }
     stored = sorted(name for name, there in columns.items() if there)
+    lowres = None
+    if config.lowres:
+        lowres = LowResolution(config.lowres, config.lowres_degradation, config.seed, facts.depth)
     recipe = {
         "autoencoder": facts.fingerprint,
         "preprocessing": preprocessing.model_dump(mode="json", exclude_none=True),
@@ -175,10 +178,19 @@ def plan_work(config: EncodeConfig, facts: AutoencoderFacts, source: Source) -> 
         "tile": config.tile if config.tile and config.tiling == "independent" else None,
         "views": views._asdict() if config.views > 1 else None,
         "buckets": [config.bucket_step, config.bucket_ratio] if config.buckets else None,
-        "lowres": config.lowres or None,
+        "lowres": lowres_recipe(lowres),
         "columns": stored,
     }
-    return Work(recipe, preprocessing, views, frozenset(stored), facts.depth)
+    return Work(recipe, preprocessing, views, frozenset(stored), facts.depth, lowres)
+
+
+def lowres_recipe(lowres: LowResolution | None) -> int | dict[str, int | str] | None:
+    """What a set says of its low-resolution pictures: the ratio, and more where chance had a part."""
+    if lowres is None:
+        return None
+    if lowres.degradation == "bicubic":
+        return lowres.ratio
+    return {"ratio": lowres.ratio, "degradation": lowres.degradation, "seed": lowres.seed}
 
 
 def plan_tasks(
