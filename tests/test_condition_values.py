@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from ldmkit.conditioning.label import LabelConditioner
 from torch import Tensor, nn
 
 from ldmkit.conditioning.classes import ClassConditioner, class_index, class_row
@@ -16,7 +17,6 @@ from ldmkit.conditioning.image import (
     embedding_row,
     picture_row,
 )
-from ldmkit.conditioning.label import LabelConditioner
 from ldmkit.conditioning.layout import LayoutConditioner, LayoutFormat, layout_of_boxes
 from ldmkit.conditioning.scalars import ScalarConditioner, scalar_row, scalar_statistics
 from ldmkit.data.items import Box

@@ -20,7 +20,7 @@ from ldmkit.conditioning.layout import (
     layout_of_boxes,
     shuffled_objects,
 )
-from ldmkit.conditioning.token_encoder import TokenEncoder
+from ldmkit.conditioning.token_transformer import TokenTransformer
 from ldmkit.data.items import Box
 from ldmkit.data.latents import box_columns
 
@@ -204,7 +204,7 @@ def test_the_papers_transformer_has_its_size():
 
 def test_the_transformer_equals_torchs():
     width, heads = 24, 3
-    encoder = TokenEncoder(30, 11, width, depth=2, heads=heads, head_width=width // heads)
+    encoder = TokenTransformer(30, 11, width, depth=2, heads=heads, head_width=width // heads)
     layer = nn.TransformerEncoderLayer(
         *(width, heads, 4 * width),
         dropout=0.0,
@@ -220,9 +220,9 @@ def test_the_transformer_equals_torchs():
         for ours, theirs in {
             "blocks": "layers",
             "attention.to_out": "self_attn.out_proj",
-            "feed_forward.0": "linear1",
-            "feed_forward.2": "linear2",
-            "norm_out": "norm",
+            "expand": "linear1",
+            "contract": "linear2",
+            "norm": "norm",
         }.items():
             name = name.replace(ours, theirs)
         renamed[name] = value + torch.rand_like(value)  # norms are ones and zeros at first

@@ -24,8 +24,9 @@ from ldmkit.conditioning.frozen_text import (
     StoredTextConditioner,
     embedding_row,
 )
-from ldmkit.conditioning.text import TextConditioner, TokenTransformer
+from ldmkit.conditioning.text import TextConditioner
 from ldmkit.conditioning.text_tower import encode_texts, load_tower, tower_shape
+from ldmkit.conditioning.token_transformer import TokenTransformer
 from ldmkit.errors import DataError, UsageError
 from ldmkit.interop import text_layout
 from ldmkit.torchvision_import import import_torchvision

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldmkit.conditioning.condition import replaced
-from ldmkit.conditioning.kinds import Values
+from ldmkit.conditioning.kind import Values
 from ldmkit.conditioning.self_conditioning import SHARE, estimating_first
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentBatch

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ldmkit.conditioning.condition import stacked
-from ldmkit.conditioning.kinds import Values
+from ldmkit.conditioning.kind import Values
 from ldmkit.conditioning.self_conditioning import remembering
 from ldmkit.data.order import generator_for
 from ldmkit.diffusion.denoiser import guided

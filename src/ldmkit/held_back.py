@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ldmkit.assembly import diffusion_config
-from ldmkit.conditioning.kinds import Reader, readers_of, values_of
+from ldmkit.conditioning.kind import Reader
+from ldmkit.conditioning.kinds import readers_of, values_of
 from ldmkit.configfile import read_toml
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentSet
@@ -71,7 +72,7 @@ def held_back_latents(
     if not len(indices):
         return None
     few = chosen(indices, count=config.validate_num, seed=config.seed)
-    readers = readers_of(diffusion_config(config, latents).conditions, others)
+    readers = readers_of(diffusion_config(config, latents).conditions, config.options_of, others)
     return HeldBack(others, few, config.seed, readers)
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ldmkit.conditioning.condition import Condition
-from ldmkit.conditioning.kinds import KINDS, Conditioner, Values, Widths, joined
+from ldmkit.conditioning.kind import Conditioner, Values, Widths
+from ldmkit.conditioning.kinds import KINDS, joined
 from ldmkit.diffusion.denoiser import denoiser
 from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
 from ldmkit.diffusion.schedule import build_schedule
@@ -65,7 +66,11 @@ class LatentDiffusion(nn.Module):
 
     def received(self, values: Values) -> dict[str, torch.Tensor]:
         """What a batch is told, where the network is and in its units."""
-        return {kind: value.to(self.latent_mean.device) for kind, value in values.items()}
+        found = {kind: value.to(self.latent_mean.device) for kind, value in values.items()}
+        if "mask" in found:  # raw latents of the picture around the hole, and the hole
+            latents, hole = found["mask"][:, :-1], found["mask"][:, -1:]
+            found["mask"] = torch.cat([self.whiten(latents), hole], dim=1)
+        return found
 
     def empty(self, values: Values) -> dict[str, torch.Tensor]:
         """Values of the same shapes that say nothing."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmkit.condition_configs import ConditioningConfig
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
 from ldmkit.configs import STREAM
 from ldmkit.data.formats.tables import Row, read_jsonl, read_table
@@ -199,7 +200,7 @@ def _row(condition: Any, request: Request) -> Tensor:  # noqa: ANN401 - any stor
 
 def _as_the_set(config: SampleConfig, model: DiffusionConfig, directory: Path) -> Asked:
     latents = LatentSet(directory)
-    readers = readers_of(model.conditions, latents)
+    readers = readers_of(model.conditions, ConditioningConfig().options_of, latents)
     indices = np.arange(len(latents))
     if config.holdout:
         indices = np.setdiff1d(indices, latents.training_indices(config.holdout))

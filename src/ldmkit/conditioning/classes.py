@@ -8,7 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from ldmkit.condition_configs import ClassCondition, ClassOptions
 from ldmkit.conditioning.condition import Condition
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError
 
 NO_CLASS = "none"
 NOT_TOLD = -1
@@ -113,3 +117,35 @@ def class_row(given: Sequence[object], names: Sequence[Sequence[str]]) -> Int[Te
         raise ValueError(f"{len(given)} classes were given for {len(names)} label sets")
     indices = [class_index(*pair) for pair in zip(given, names, strict=True)]
     return torch.tensor(indices, dtype=torch.int64)
+
+
+def _settle(options: ClassOptions, latents: LatentSet) -> ClassCondition:
+    if not latents.has_labels:
+        raise DataError(f"--condition class: {latents.directory} has no labels")
+    return ClassCondition(way=options.way, names=latents.manifest.class_names)
+
+
+def _build(config: ClassCondition, widths: Widths) -> ClassConditioner:
+    width = widths.context if config.attended else widths.embedding
+    return ClassConditioner((len(config.names),), width, way=config.way)
+
+
+def _reader(config: ClassCondition, options: ClassOptions, latents: LatentSet) -> Reader:
+    if latents.manifest.class_names != config.names:
+        raise DataError(f"{latents.directory} has other classes than the model")
+    return lambda indices, _: torch.from_numpy(latents.labels[indices])[:, None]
+
+
+def _words(config: ClassCondition, value: object) -> str:
+    index = class_index(value, config.names)
+    return config.names[index] if index >= 0 else ""
+
+
+CLASS = Kind(
+    settle=_settle,
+    build=_build,
+    reader=_reader,
+    row=lambda config, value: class_row([value], [config.names]),
+    silence=NO_CLASS,
+    words=_words,
+)

@@ -8,7 +8,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ldmkit.condition_configs import ImageCondition, ImageOptions
 from ldmkit.conditioning.condition import Condition
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.conditioning.lowres import pictures_of
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError
 from ldmkit.networks.blocks import Norm, ResidualBlock
 
 FACTOR = 8
@@ -153,3 +158,39 @@ def _told(values: Tensor) -> tuple[Tensor, Bool[Tensor, "batch 1 1"]]:
     """Values with zeros in the empty rows, and which rows are not empty."""
     told = ~values.isnan().flatten(1).all(dim=1)
     return torch.where(told.view(-1, *[1] * (values.ndim - 1)), values, 0.0), told[:, None, None]
+
+
+def _settle(options: ImageOptions, latents: LatentSet) -> ImageCondition:
+    if "lowres" not in latents.manifest.columns:
+        raise DataError(
+            f"--condition image: {latents.directory} has no small pictures; encode with --lowres RATIO"
+        )
+    _, channels, height, width = latents.rows("lowres", [0]).shape
+    if height != width or height % FACTOR:
+        raise DataError(
+            f"--condition image: the small pictures of {latents.directory} have {width} x {height} pixels; "
+            f"it takes squares with a side that is a multiple of {FACTOR}"
+        )
+    return ImageCondition(hidden=options.hidden, image_channels=channels, size=height)
+
+
+def _build(config: ImageCondition, widths: Widths) -> PictureConditioner:
+    return PictureConditioner(
+        config.image_channels, config.size, widths.context, hidden=config.hidden
+    )
+
+
+def _reader(config: ImageCondition, options: ImageOptions, latents: LatentSet) -> Reader:
+    if _settle(options, latents).size != config.size:
+        raise DataError(f"{latents.directory} has small pictures of another size than the model's")
+    return lambda indices, _: pictures_of(latents, indices)
+
+
+IMAGE = Kind(
+    settle=_settle,
+    build=_build,
+    reader=_reader,
+    row=lambda config, value: picture_row(
+        picture_values(value), config.image_channels, config.size
+    ),
+)

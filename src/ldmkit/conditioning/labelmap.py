@@ -13,7 +13,11 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from ldmkit.condition_configs import LabelMapCondition, LabelMapOptions
 from ldmkit.conditioning.condition import Condition
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError
 
 Maps = Int[Tensor, "batch height width"]
 Colour = tuple[int, int, int]
@@ -141,3 +145,48 @@ def _ids_of_colours(
             "not in the table: add it with its class"
         )
     return np.array(list(colours.values()), dtype=np.int64)[order][places]
+
+
+def _settle(options: LabelMapOptions, latents: LatentSet) -> LabelMapCondition:
+    if "labelmap" not in latents.manifest.columns:
+        raise DataError(f"--condition labelmap: {latents.directory} has no label maps")
+    classes = options.classes
+    if classes is None:
+        everything = (latents.rows("labelmap", [index]) for index in range(len(latents)))
+        classes = 1 + max(
+            int(one[one != UNLABELLED].max()) for one in everything if (one != UNLABELLED).any()
+        )
+    maps = latents.rows("labelmap", [0])
+    stages = (maps.shape[1] // latents.read([0]).mean.shape[2]).bit_length() - 1
+    return LabelMapCondition(mapped=options.mapped, classes=classes, stages=stages)
+
+
+def _build(config: LabelMapCondition, widths: Widths) -> LabelMapConditioner:
+    del widths
+    return LabelMapConditioner(config.classes, config.mapped, config.stages)
+
+
+def _reader(config: LabelMapCondition, options: LabelMapOptions, latents: LatentSet) -> Reader:
+    if "labelmap" not in latents.manifest.columns:
+        raise DataError(f"{latents.directory} has no label maps")
+
+    def read(indices: np.ndarray, generator: torch.Generator) -> Tensor:
+        del generator
+        maps = latents.rows("labelmap", indices).long()
+        unknown = (maps >= config.classes) & (maps != UNLABELLED)
+        if unknown.any():
+            raise DataError(
+                f"a label map of {latents.directory} has id {int(maps[unknown][0])}, and the model knows "
+                f"{config.classes} classes (from 0): give --labelmap.classes"
+            )
+        return torch.where(maps == UNLABELLED, config.classes, maps)
+
+    return read
+
+
+def _row(config: LabelMapCondition, value: object) -> Tensor:
+    array = picture_array(value)
+    return parse_labelmap(array, config.classes, array.shape[:2])
+
+
+LABELMAP = Kind(settle=_settle, build=_build, reader=_reader, row=_row)

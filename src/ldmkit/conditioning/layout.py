@@ -10,13 +10,20 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ldmkit.condition_configs import LayoutCondition, LayoutOptions
+from ldmkit.conditioning.box_lists import boxes_of_json
 from ldmkit.conditioning.condition import Condition
-from ldmkit.conditioning.token_encoder import TokenEncoder
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.conditioning.token_transformer import TokenTransformer
 from ldmkit.data.items import Box
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError
+from ldmkit.terminal import say
 
 IDS_OF_AN_OBJECT = 3
 IDS_OF_THE_CROP = 2
@@ -211,7 +218,7 @@ class LayoutConditioner(nn.Module):
                 f"a layout of {objects} objects and {vocabulary} ids: take one object or more, and 5 "
                 "ids or more, but no square number (the last id would be a corner, and mean none)"
             )
-        self.encoder = TokenEncoder(
+        self.encoder = TokenTransformer(
             self.layout.vocabulary,
             self.layout.length,
             width,
@@ -241,3 +248,58 @@ def _corner_ids(corners: Sequence[float], layout: LayoutFormat) -> list[int]:
 
 def _corners(low: int, high: int, layout: LayoutFormat) -> Corners:
     return (*corner_of(low, layout.sections), *corner_of(high, layout.sections))
+
+
+def format_of(config: LayoutCondition) -> LayoutFormat:
+    """How this model writes boxes as ids."""
+    return LayoutFormat(config.objects, config.vocabulary)
+
+
+def _settle(options: LayoutOptions, latents: LatentSet) -> LayoutCondition:
+    names = latents.manifest.box_names
+    if not names:
+        raise DataError(f"--condition layout: {latents.directory} has no boxes")
+    return LayoutCondition(**options.model_dump(exclude={"dropout"}), names=names)
+
+
+def _build(config: LayoutCondition, widths: Widths) -> LayoutConditioner:
+    return LayoutConditioner(
+        widths.context,
+        objects=config.objects,
+        vocabulary=config.vocabulary,
+        depth=config.depth,
+        heads=config.heads,
+        head_width=config.head_width,
+    )
+
+
+def _reader(config: LayoutCondition, options: LayoutOptions, latents: LatentSet) -> Reader:
+    if latents.manifest.box_names != config.names:
+        raise DataError(f"{latents.directory} has other classes of boxes than the model")
+    layout = format_of(config)
+    crowded = sum(len(latents.boxes(index)) > layout.objects for index in range(len(latents)))
+    if crowded:
+        say(f"{crowded} pictures have more than {layout.objects} boxes; the model sees the largest")
+
+    def read(indices: np.ndarray, generator: torch.Generator) -> BatchIds:
+        found = [
+            layout_of_boxes(
+                boxes_of_rows(torch.from_numpy(latents.boxes(index)), len(config.names)), layout
+            ).ids
+            for index in indices.tolist()
+        ]
+        return shuffled_objects(torch.stack(found), generator, layout)
+
+    return read
+
+
+LAYOUT = Kind(
+    settle=_settle,
+    build=_build,
+    reader=_reader,
+    row=lambda config, value: (
+        layout_of_boxes(boxes_of_json(value, config.names), format_of(config)).ids
+    ),
+    silence=(),
+    words=lambda config, value: "",
+)

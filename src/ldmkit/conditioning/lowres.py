@@ -8,12 +8,17 @@ one of 1000 steps, whose step 350, its highest, is about as noisy as level 0.64 
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from ldmkit.condition_configs import LowResCondition, LowResOptions
 from ldmkit.conditioning.condition import Condition
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError
 from ldmkit.networks.blocks import timestep_embedding
 from ldmkit.tensors import Images
 
@@ -134,3 +139,54 @@ def _cosine(level: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 
 def _per_picture(numbers: Float[Tensor, " batch"], pictures: Tensor) -> Tensor:
     return numbers.to(pictures).view(-1, 1, 1, 1)
+
+
+def _settle(options: LowResOptions, latents: LatentSet) -> LowResCondition:
+    if "lowres" not in latents.manifest.columns:
+        raise DataError(
+            f"--condition lowres: {latents.directory} has no low-resolution pictures; encode with "
+            "--lowres RATIO"
+        )
+    recipe = latents.manifest.recipe
+    ratio = recipe["lowres"]["ratio"] if isinstance(recipe["lowres"], dict) else recipe["lowres"]
+    size = recipe["preprocessing"]["size"]
+    return LowResCondition(
+        image_channels=latents.rows("lowres", [0]).shape[1],
+        ratio=ratio,
+        factor=size // latents.manifest.latent_shape[1],
+    )
+
+
+def _build(config: LowResCondition, widths: Widths) -> LowResConditioner:
+    return LowResConditioner(config.image_channels, widths.embedding, config.ratio, config.factor)
+
+
+def pictures_of(latents: LatentSet, indices: np.ndarray) -> Images:
+    """The low-resolution pictures of some samples, in [-1, 1]."""
+    stored = latents.rows("lowres", indices)
+    return stored / 127.5 - 1.0 if stored.dtype == torch.uint8 else stored.float()
+
+
+def _reader(config: LowResCondition, options: LowResOptions, latents: LatentSet) -> Reader:
+    fitting = _settle(options, latents)
+    if fitting != config:
+        raise DataError(
+            f"{latents.directory} has low-resolution pictures {fitting.ratio} times smaller of "
+            f"{fitting.image_channels} channels; the model takes {config.ratio} times and {config.image_channels}"
+        )
+
+    def read(indices: np.ndarray, generator: torch.Generator) -> LowRes:
+        pictures = pictures_of(latents, indices)
+        levels = options.noise * torch.rand(len(pictures), generator=generator)
+        noise = torch.randn(pictures.shape, generator=generator)
+        return augmented(pictures, levels, noise)
+
+    return read
+
+
+LOWRES = Kind(
+    settle=_settle,
+    build=_build,
+    reader=_reader,
+    row=lambda config, value: parse_lowres(picture_values(value), config.image_channels),
+)

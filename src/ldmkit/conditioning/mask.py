@@ -12,12 +12,17 @@ Both bring the mask to the latents' size by the nearest pixel. True or 1 is a ho
 
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ldmkit.condition_configs import MaskCondition, MaskOptions
 from ldmkit.conditioning.condition import Condition
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError
 from ldmkit.tensors import Images, Latents
 
 Convention = Literal["ldm", "sd"]
@@ -124,3 +129,41 @@ def _require_same_size(image: Images, mask: Holes) -> None:
             f"the mask has {mask.shape[2]} x {mask.shape[1]} pixels and its picture "
             f"{image.shape[3]} x {image.shape[2]}: give one of the same size"
         )
+
+
+def _settle(options: MaskOptions, latents: LatentSet) -> MaskCondition:
+    del options
+    if "hole" not in latents.manifest.columns:
+        raise DataError(
+            f"--condition mask: {latents.directory} has no holes; encode with --holes mixed"
+        )
+    fill = latents.manifest.recipe["holes"]["fill"]
+    return MaskCondition(
+        latent_channels=latents.manifest.latent_shape[0],
+        convention="ldm" if fill == "black" else "sd",
+    )
+
+
+def _build(config: MaskCondition, widths: Widths) -> MaskConditioner:
+    del widths
+    return MaskConditioner(config.latent_channels, config.convention)
+
+
+def _reader(config: MaskCondition, options: MaskOptions, latents: LatentSet) -> Reader:
+    if _settle(options, latents) != config:
+        raise DataError(f"{latents.directory} has holes of another convention than the model")
+
+    def read(indices: np.ndarray, generator: torch.Generator) -> MaskedLatents:
+        del generator
+        masked = latents.rows("masked", indices).float()
+        hole = latents.rows("hole", indices)[:, None].float()
+        return mask_values(masked, hole)
+
+    return read
+
+
+def _row(config: MaskCondition, value: object) -> MaskedLatents:
+    raise ValueError("holes come from a latent set: encode with --holes given, then --like SET")
+
+
+MASK = Kind(settle=_settle, build=_build, reader=_reader, row=_row)

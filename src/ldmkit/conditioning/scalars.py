@@ -8,7 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ldmkit.condition_configs import ScalarCondition, ScalarOptions
 from ldmkit.conditioning.condition import Condition
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError
 
 FREQUENCIES = 16
 SHORTEST, LONGEST = 0.1, 50.0
@@ -167,3 +171,37 @@ def _number(given: object, name: str) -> float:
     if not abs(number) <= LARGEST:
         raise ValueError(f"{name} is {number:g}: give a finite number, or leave it out")
     return number
+
+
+def _settle(options: ScalarOptions, latents: LatentSet) -> ScalarCondition:
+    names = latents.manifest.scalar_names
+    if not names:
+        raise DataError(
+            f"--condition scalars: {latents.directory} has none; encode with --scalars NAME,NAME"
+        )
+    try:
+        mean, std = scalar_statistics(latents.rows("scalars", range(len(latents))), names)
+    except ValueError as error:
+        raise DataError(f"{latents.directory}: {error}") from error
+    return ScalarCondition(way=options.way, names=names, mean=mean, std=std)
+
+
+def _build(config: ScalarCondition, widths: Widths) -> ScalarConditioner:
+    width = widths.context if config.attended else widths.embedding
+    return ScalarConditioner(config.mean, config.std, width, way=config.way)
+
+
+def _reader(config: ScalarCondition, options: ScalarOptions, latents: LatentSet) -> Reader:
+    if latents.manifest.scalar_names != config.names:
+        raise DataError(f"{latents.directory} has other scalars than the model")
+    return lambda indices, _: latents.rows("scalars", indices)
+
+
+SCALARS = Kind(
+    settle=_settle,
+    build=_build,
+    reader=_reader,
+    row=lambda config, value: scalar_row(value, config.names),
+    silence={},
+    words=lambda config, value: " ".join(f"{name} {one}" for name, one in value.items()),
+)

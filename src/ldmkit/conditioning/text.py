@@ -7,101 +7,26 @@ mask.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
+from ldmkit.condition_configs import TextCondition, TextOptions
 from ldmkit.conditioning.condition import Condition
-
-FEED_FORWARD_FACTOR = 4
-EMBEDDING_STD = 0.02
-
-Ids = Int[Tensor, "batch length"]
-Tokens = Float[Tensor, "batch length width"]
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention without mask (Vaswani et al. 2017).
-
-    Args:
-        width: of the tokens, in and out.
-        heads: how many.
-        head_width: of each; the published models have 8 of 64 whatever their width.
-    """
-
-    def __init__(self, width: int, heads: int, head_width: int) -> None:
-        super().__init__()
-        self.heads = heads
-        inner = heads * head_width
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_k = nn.Linear(width, inner, bias=False)
-        self.to_v = nn.Linear(width, inner, bias=False)
-        self.to_out = nn.Linear(inner, width)
-
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Each token becomes a mixture of all tokens' values; the shape stays."""
-        q, k, v = (
-            rearrange(projected, "b count (heads width) -> b heads count width", heads=self.heads)
-            for projected in (self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        )
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(attended, "b heads count width -> b count (heads width)"))
-
-
-class EncoderBlock(nn.Module):
-    """Self-attention, then a GELU layer four times as wide, each behind a LayerNorm and with a residual."""
-
-    def __init__(self, width: int, heads: int, head_width: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads, head_width)
-        self.expand = nn.Linear(width, FEED_FORWARD_FACTOR * width)
-        self.contract = nn.Linear(FEED_FORWARD_FACTOR * width, width)
-
-    def forward(self, tokens: Tokens) -> Tokens:
-        """Let tokens see each other; the shape stays."""
-        tokens = tokens + self.attention(self.norm1(tokens))
-        return tokens + self.contract(F.gelu(self.expand(self.norm2(tokens))))
-
-
-class TokenTransformer(nn.Module):
-    """A bidirectional transformer over ids, with learnt embeddings of token and position.
-
-    Args:
-        vocabulary: number of ids.
-        length: most ids in a row.
-        width: of the tokens that come out.
-        depth: blocks; the paper's text models have 32.
-        heads: of each attention.
-        head_width: of each head.
-    """
-
-    def __init__(
-        self,
-        vocabulary: int,
-        length: int,
-        width: int,
-        *,
-        depth: int,
-        heads: int = 8,
-        head_width: int = 64,
-    ) -> None:
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocabulary, width)
-        self.position_embedding = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads, head_width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        for embedding in (self.token_embedding, self.position_embedding):
-            nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
-
-    def forward(self, ids: Ids) -> Tokens:
-        """Ids `[batch, length]` to tokens `[batch, length, width]`."""
-        tokens = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.conditioning.token_transformer import Ids, TokenTransformer
+from ldmkit.conditioning.tokenizer import (
+    Tokenizer,
+    caption_row,
+    count_tokens,
+    empty_row,
+    open_clip_tokenizer,
+    train_merges,
+    trained_tokenizer,
+)
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError
+from ldmkit.terminal import say
 
 
 class TextConditioner(nn.Module):
@@ -142,3 +67,69 @@ class TextConditioner(nn.Module):
         """Tokens `[batch, length, width]`."""
         device = self.transformer.token_embedding.weight.device
         return Condition(tokens=self.transformer(values.to(device)))
+
+
+def tokenizer_of(config: TextCondition) -> Tokenizer:
+    """What turns captions into ids for this model."""
+    if config.merges is None:
+        return open_clip_tokenizer(config.length)
+    return trained_tokenizer(config.merges, config.length)
+
+
+def _settle(options: TextOptions, latents: LatentSet) -> TextCondition:
+    captions = [caption for caption in latents.texts("caption") if caption]
+    if not captions:
+        raise DataError(f"--condition text: {latents.directory} has no captions")
+    lines = (line for caption in captions for line in caption.splitlines())
+    own = options.vocabulary == "own"
+    merges = train_merges(lines, options.vocabulary_size) if own else None
+    settings = options.model_dump(exclude={"dropout", "vocabulary_size", "without", "vocabulary"})
+    return TextCondition(**settings, merges=merges)
+
+
+def _build(config: TextCondition, widths: Widths) -> TextConditioner:
+    tokenizer = tokenizer_of(config)
+    return TextConditioner(
+        tokenizer.size,
+        empty_row(tokenizer).tolist(),
+        widths.context,
+        depth=config.depth,
+        heads=config.heads,
+        head_width=config.head_width,
+    )
+
+
+def _reader(config: TextCondition, options: TextOptions, latents: LatentSet) -> Reader:
+    tokenizer = tokenizer_of(config)
+    captions = [caption.splitlines() for caption in latents.texts("caption")]
+    silent = [number for number, lines in enumerate(captions) if not any(lines)]
+    if silent and options.without == "refuse":
+        key = next(key for n, key in enumerate(latents.texts("key")) if n == silent[0])
+        raise DataError(
+            f"{len(silent)} of {len(captions)} latents in {latents.directory} have no caption, the first of "
+            f"them {key}: give them one, or train with --text.without null"
+        )
+    longest = max((line for lines in captions for line in lines), key=len, default="")
+    if count_tokens(longest, tokenizer) > tokenizer.length:
+        say(
+            f"captions of more than {tokenizer.length} tokens are cut off, such as: {longest[:60]} ..."
+        )
+
+    def read(indices: np.ndarray, generator: torch.Generator) -> Ids:
+        rows = []
+        for index in indices.tolist():
+            lines = [line for line in captions[index] if line] or [""]
+            chosen = int(torch.randint(len(lines), (), generator=generator))
+            rows.append(caption_row(lines[chosen], tokenizer, allow_empty=True))
+        return torch.stack(rows)
+
+    return read
+
+
+TEXT = Kind(
+    settle=_settle,
+    build=_build,
+    reader=_reader,
+    row=lambda config, value: caption_row(value, tokenizer_of(config), allow_empty=True),
+    silence="",
+)

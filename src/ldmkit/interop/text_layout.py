@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ldmkit.conditioning.text import FEED_FORWARD_FACTOR
+from ldmkit.conditioning.token_transformer import FEED_FORWARD_FACTOR
 from ldmkit.errors import DataError
 from ldmkit.interop.layout import Tensors
 
@@ -36,7 +36,7 @@ PLACES = {
 
 
 class TextShape(NamedTuple):
-    """What `conditioning.text.TokenTransformer` is built with."""
+    """What `conditioning.token_transformer.TokenTransformer` is built with."""
 
     vocabulary: int
     length: int

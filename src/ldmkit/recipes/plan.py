@@ -93,7 +93,7 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
     indices = latents.shapes[largest][: config.batch_size]
     batch = latents.read(indices)
     settled = diffusion_config(config, latents)
-    readers = readers_of(settled.conditions, latents)
+    readers = readers_of(settled.conditions, config.options_of, latents)
     first = values_of(readers, indices[:1], generator_for(config.seed))
     with torch.device("meta"):
         model = build_diffusion(settled)

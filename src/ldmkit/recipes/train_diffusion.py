@@ -16,7 +16,8 @@ from ldmkit.assembly import (
     save_diffusion,
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
-from ldmkit.conditioning.kinds import Reader, readers_of, values_of
+from ldmkit.conditioning.kind import Reader
+from ldmkit.conditioning.kinds import readers_of, values_of
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_batches import samples_of_step, training_buckets
 from ldmkit.data.latent_set import LatentSet
@@ -105,7 +106,7 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
     training = np.concatenate(buckets)
     model_config = diffusion_config(config, latents)
     told = ", ".join(condition.kind for condition in model_config.conditions) or "no condition"
-    readers = readers_of(model_config.conditions, latents)
+    readers = readers_of(model_config.conditions, config.options_of, latents)
     shapes = ", ".join(str(shape) for shape in latents.shapes)
     say(f"{len(training)} latents of {shapes} from {config.latents}, {told}")
     if config.scale_lr:
