@@ -1,0 +1,72 @@
+"""What every sampler is made of: the loop's types, a model call at one noise level, integrals of history."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from ldmkit.tensors import Latents, Sigmas
+
+DenoiseAt = Callable[[Latents, Sigmas], Latents]
+"""A `Denoise` whose condition is settled."""
+OnStep = Callable[[int, Latents], None]
+"""Called after each step with its number and the clean latents expected at its start."""
+Levels = Float[Tensor, " steps_plus_1"]
+"""Falling noise levels, the last one 0."""
+
+GAUSS = 16
+"""Points of a Gauss-Legendre rule: exact for polynomials, and to rounding for what is smooth here."""
+
+
+def steps_of(sigmas: Levels) -> Iterator[tuple[int, float, float]]:
+    """Number, level and following level of each step; numbers of Python's, hence float64."""
+    for step, (level, following) in enumerate(itertools.pairwise(sigmas.tolist())):
+        yield step, level, following
+
+
+def at(denoise: DenoiseAt, x: Latents, level: float) -> Latents:
+    """One model call with the whole batch at one noise level."""
+    return denoise(x, x.new_full((len(x),), level))
+
+
+def towards(clean: Latents, x: Latents, kept: float) -> Latents:
+    """`clean` with the share `kept` of the noise that is left in `x`.
+
+    Written so because kept x + (1 - kept) clean would lose the digits of `clean` at large noise.
+    """
+    return clean + kept * (x - clean)
+
+
+def log_ratio(level: float, following: float) -> float:
+    """Half of a step in log-SNR, ln(level / following): h in the papers."""
+    return math.log(level / following)
+
+
+def integral(start: float, end: float, function: Callable[[np.ndarray], np.ndarray]) -> float:
+    """The integral of a smooth function from `start` to `end`."""
+    points, weights = np.polynomial.legendre.leggauss(GAUSS)
+    half = (end - start) / 2.0
+    return float(half * np.sum(weights * function(start + half * (points + 1.0))))
+
+
+def lagrange_integrals(
+    nodes: Sequence[float],
+    start: float,
+    end: float,
+    density: Callable[[np.ndarray], np.ndarray] = np.ones_like,
+) -> list[float]:
+    """How much each node counts in the integral of the polynomial through all nodes, times `density`."""
+
+    def basis(node: int) -> Callable[[np.ndarray], np.ndarray]:
+        others = [other for place, other in enumerate(nodes) if place != node]
+
+        def function(point: np.ndarray) -> np.ndarray:
+            factors = [(point - other) / (nodes[node] - other) for other in others]
+            return math.prod(factors, start=density(point))
+
+        return function
+
+    return [integral(start, end, basis(node)) for node in range(len(nodes))]
