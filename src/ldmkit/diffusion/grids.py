@@ -153,7 +153,10 @@ def _of_sigma(
 def _between(schedule: Schedule, place: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Noise levels at places along a schedule; a discrete one's are joined in log sigma."""
     if not isinstance(schedule, DiscreteSchedule):
-        return schedule.sigma_at(place)
+        # a flow's lowest level is that of several places, and levels of a grid must differ
+        probe = torch.logspace(-8.0, 0.0, 2001, dtype=torch.float64)
+        least = probe[schedule.sigma_at(probe) > schedule.lowest][0]
+        return schedule.sigma_at(least + (1.0 - least) * place)
     times = torch.arange(schedule.timesteps, dtype=torch.float64)
     return _interpolated(place * times[-1], times, schedule.sigmas.log()).exp()
 

@@ -17,8 +17,8 @@ OnStep = Callable[[int, Latents], None]
 Levels = Float[Tensor, " steps_plus_1"]
 """Falling noise levels, the last one 0."""
 
-GAUSS = 16
-"""Points of a Gauss-Legendre rule: exact for polynomials, and to rounding for what is smooth here."""
+POINTS, WEIGHTS = np.polynomial.legendre.leggauss(16)
+"""A Gauss-Legendre rule: exact for polynomials, and to rounding for what is smooth here."""
 
 
 def steps_of(sigmas: Levels) -> Iterator[tuple[int, float, float]]:
@@ -47,9 +47,8 @@ def log_ratio(level: float, following: float) -> float:
 
 def integral(start: float, end: float, function: Callable[[np.ndarray], np.ndarray]) -> float:
     """The integral of a smooth function from `start` to `end`."""
-    points, weights = np.polynomial.legendre.leggauss(GAUSS)
     half = (end - start) / 2.0
-    return float(half * np.sum(weights * function(start + half * (points + 1.0))))
+    return float(half * np.sum(WEIGHTS * function(start + half * (POINTS + 1.0))))
 
 
 def lagrange_integrals(
