@@ -262,7 +262,7 @@ def test_from_pure_noise_the_mean_comes_out(name, kind, generator):
         )
         assert found.dtype == dtype
         assert found.mean().item() == pytest.approx(mean, abs=0.05)
-        assert found.std().item() == pytest.approx(std, rel=0.1)
+        assert found.std().item() == pytest.approx(std, rel=0.12)  # of order 1: 0.447
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -339,13 +339,13 @@ def test_noise_is_drawn_by_the_stochastic_only(name):
 
 def test_euler_ancestral_and_ddpm_are_ddim_with_eta_1():
     sigmas = log_grid(20, 14.0)
-    given = {"noise": torch.ones_like}
+    noise = torch.ones_like
     x = torch.linspace(-3, 3, 5).view(5, 1, 1, 1)
     denoise = gaussian_denoise(0.2, 0.5)
-    expected = SAMPLERS["ddim"].sample(denoise, x, sigmas, eta=1.0, **given)
+    expected = SAMPLERS["ddim"].sample(denoise, x, sigmas, eta=1.0, noise=noise)
     for name in ("euler-ancestral", "ddpm"):
         assert torch.allclose(
-            SAMPLERS[name].sample(denoise, x, sigmas, **given), expected, atol=1e-6
+            SAMPLERS[name].sample(denoise, x, sigmas, noise=noise), expected, atol=1e-6
         )
 
 
@@ -367,16 +367,16 @@ def test_churn_adds_noise_within_its_interval_only():
 
 
 def test_what_does_not_go_together_is_refused():
-    x, given = torch.ones(1, 1, 1, 1), {"noise": torch.zeros_like}
+    x, noise = torch.ones(1, 1, 1, 1), torch.zeros_like
     denoise = gaussian_denoise(0.0, 1.0)
     with pytest.raises(ValueError, match="3 to 5"):
-        SAMPLERS["heun"].sample(denoise, x, log_grid(3), calls=6, **given)
+        SAMPLERS["heun"].sample(denoise, x, log_grid(3), calls=6, noise=noise)
     with pytest.raises(ValueError, match="3 or 4"):
-        SAMPLERS["plms"].sample(denoise, x, log_grid(3), calls=5, **given)
+        SAMPLERS["plms"].sample(denoise, x, log_grid(3), calls=5, noise=noise)
     with pytest.raises(ValueError, match="interval"):
-        sample_restart(denoise, x, log_grid(3, 1.0), calls=20, **given)
+        sample_restart(denoise, x, log_grid(3, 1.0), calls=20, noise=noise)
     with pytest.raises(ValueError, match="has no eta"):
-        run_sampler("deis", denoise, x, log_grid(3), calls=3, settings={"eta": 1.0}, **given)
+        run_sampler("deis", denoise, x, log_grid(3), calls=3, settings={"eta": 1.0}, noise=noise)
     with pytest.raises(ValueError, match="take 2 steps"):
-        run_sampler("heun", denoise, x, log_grid(3), calls=3, settings={}, **given)
+        run_sampler("heun", denoise, x, log_grid(3), calls=3, settings={}, noise=noise)
     assert SAMPLERS["unipc"].parameters == {"order": 3, "kind": "bh2"}

@@ -7,7 +7,7 @@ from ldmkit.diffusion.samplers.stepping import (
     Levels,
     OnStep,
     at,
-    integral,
+    gauss_rule,
     steps_of,
     towards,
 )
@@ -69,17 +69,13 @@ def _phi(sigma: np.ndarray | np.float64) -> np.ndarray:
 def _factors(level: float, following: float) -> tuple[float, float]:
     """What the first and the second derivative of the clean latents contribute to a step (Eq. 20, 21)."""
     end = float(_phi(np.float64(following)))
-
-    def damped(power: int) -> float:
-        # in log sigma, where phi is smooth over the many magnitudes that a step may span
-        return integral(
-            np.log(following),
-            np.log(level),
-            lambda u: (np.exp(u) - level) ** power / _phi(np.exp(u)) * np.exp(u),
-        )
-
+    # in log sigma, where phi is smooth over the many magnitudes that a step may span
+    places, weights = gauss_rule(np.log(following), np.log(level))
+    points = np.exp(places)
+    damped = weights * points / _phi(points)
     whole = following - level
-    return whole + end * damped(0), whole**2 / 2.0 + end * damped(1)
+    first = whole + end * float(damped.sum())
+    return first, whole**2 / 2.0 + end * float(damped @ (points - level))
 
 
 def _derivatives(history: list[tuple[Latents, float]]) -> list[Latents]:

@@ -51,31 +51,34 @@ def sample_restart(
     kept = [level for level in levels if abs(level / least - 1.0) > SAME]
     main = sorted([*kept, least], reverse=True)
     plain = 2 * (len(main) - 1) - 1
-    spare = plain if calls is None else calls - plain
-    if spare <= 0:
-        grid = (
-            sigmas
-            if calls is not None and calls < 2 * (len(sigmas) - 1)
-            else sigmas.new_tensor(main)
-        )
+    calls = 2 * plain if calls is None else calls
+    if calls <= plain:
+        few = calls < 2 * (len(sigmas) - 1)
+        grid = sigmas if few else sigmas.new_tensor(main)
         return sample_heun(denoise, x, grid, noise=noise, calls=calls, on_step=on_step)
 
-    there = main.index(least)
-    shares = [spare // repeats + int(number < spare % repeats) for number in range(repeats)]
-    ways = [(main[: there + 1], 0)]
-    ways += [(_way_down(most, least, (share + 1) // 2), share % 2) for share in shares if share]
-    ways += [(main[there:], 0)]
+    ways = _ways(main, interval, calls - plain, repeats)
     step = 0
-    for way, uncorrected in ways:
-        if way[0] == most and step > 0:
+    for place, (way, uncorrected) in enumerate(ways):
+        if 0 < place < len(ways) - 1:
             x = x + (most**2 - least**2) ** 0.5 * noise(x)
         for number, (level, following) in enumerate(itertools.pairwise(way)):
-            corrected = number >= uncorrected
-            x, clean = heun_step(denoise, x, level, following, corrected=corrected)
+            x, clean = heun_step(denoise, x, level, following, corrected=number >= uncorrected)
             if on_step is not None:
                 on_step(step, clean)
             step += 1
     return x
+
+
+def _ways(
+    main: list[float], interval: tuple[float, float], spare: int, repeats: int
+) -> list[tuple[list[float], int]]:
+    """Levels of each way down, and how many of its first steps are Euler's."""
+    least, most = interval
+    there = main.index(least)
+    shares = [spare // repeats + int(number < spare % repeats) for number in range(repeats)]
+    restarts = [(_way_down(most, least, (share + 1) // 2), share % 2) for share in shares if share]
+    return [(main[: there + 1], 0), *restarts, (main[there:], 0)]
 
 
 def _way_down(most: float, least: float, steps: int) -> list[float]:

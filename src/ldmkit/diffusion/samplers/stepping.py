@@ -45,10 +45,10 @@ def log_ratio(level: float, following: float) -> float:
     return math.log(level / following)
 
 
-def integral(start: float, end: float, function: Callable[[np.ndarray], np.ndarray]) -> float:
-    """The integral of a smooth function from `start` to `end`."""
+def gauss_rule(start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points from `start` to `end` and their weights in an integral of a smooth function."""
     half = (end - start) / 2.0
-    return float(half * np.sum(WEIGHTS * function(start + half * (POINTS + 1.0))))
+    return start + half * (POINTS + 1.0), half * WEIGHTS
 
 
 def lagrange_integrals(
@@ -58,14 +58,10 @@ def lagrange_integrals(
     density: Callable[[np.ndarray], np.ndarray] = np.ones_like,
 ) -> list[float]:
     """How much each node counts in the integral of the polynomial through all nodes, times `density`."""
-
-    def basis(node: int) -> Callable[[np.ndarray], np.ndarray]:
-        others = [other for place, other in enumerate(nodes) if place != node]
-
-        def function(point: np.ndarray) -> np.ndarray:
-            factors = [(point - other) / (nodes[node] - other) for other in others]
-            return math.prod(factors, start=density(point))
-
-        return function
-
-    return [integral(start, end, basis(node)) for node in range(len(nodes))]
+    points, weights = gauss_rule(start, end)
+    weights = weights * density(points)
+    counts = []
+    for place, node in enumerate(nodes):
+        others = np.array([*nodes[:place], *nodes[place + 1 :]])[:, None]
+        counts.append(float(weights @ np.prod((points - others) / (node - others), axis=0)))
+    return counts
