@@ -113,9 +113,8 @@ def _typed(config: SampleConfig, model: DiffusionConfig) -> list[Request]:
         told["class"] = config.label
     if config.prompt:
         told["text"] = config.prompt
-    kinds = {condition.kind: condition for condition in model.conditions}
-    if not told and "class" in kinds:
-        told["class"] = kinds["class"].names
+    if not told and _classes(model):
+        told["class"] = _classes(model)
     count = max((len(values) for values in told.values()), default=1)
     names = {"class": "--label", "text": "--prompt"}
     return [
@@ -127,6 +126,10 @@ def _typed(config: SampleConfig, model: DiffusionConfig) -> list[Request]:
         )
         for turn in range(count)
     ]
+
+
+def _classes(model: DiffusionConfig) -> tuple[str, ...]:
+    return next((one.names for one in model.conditions if one.kind == "class"), ())
 
 
 def _rows_of(path: Path, source: BufferedIOBase | None) -> list[Row]:

@@ -12,6 +12,7 @@ from ldmkit.condition_configs import ImageCondition, ImageOptions
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.kind import Kind, Reader, Widths
 from ldmkit.conditioning.lowres import pictures_of
+from ldmkit.conditioning.picture_files import read_values
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.errors import DataError
 from ldmkit.networks.blocks import Norm, ResidualBlock
@@ -191,6 +192,6 @@ IMAGE = Kind(
     build=_build,
     reader=_reader,
     row=lambda config, value: picture_row(
-        picture_values(value), config.image_channels, config.size
+        read_values(value, config.image_channels), config.image_channels, config.size
     ),
 )

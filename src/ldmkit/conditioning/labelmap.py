@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldmkit.condition_configs import LabelMapCondition, LabelMapOptions
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.conditioning.picture_files import read_classes
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.errors import DataError
 
@@ -185,8 +186,8 @@ def _reader(config: LabelMapCondition, options: LabelMapOptions, latents: Latent
 
 
 def _row(config: LabelMapCondition, value: object) -> Tensor:
-    array = picture_array(value)
-    return parse_labelmap(array, config.classes, array.shape[:2])
+    classes = read_classes(value).numpy()
+    return parse_labelmap(classes, config.classes, classes.shape)
 
 
 LABELMAP = Kind(settle=_settle, build=_build, reader=_reader, row=_row)

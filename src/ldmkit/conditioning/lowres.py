@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldmkit.condition_configs import LowResCondition, LowResOptions
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.conditioning.picture_files import read_values
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.errors import DataError
 from ldmkit.networks.blocks import timestep_embedding
@@ -188,5 +189,7 @@ LOWRES = Kind(
     settle=_settle,
     build=_build,
     reader=_reader,
-    row=lambda config, value: parse_lowres(picture_values(value), config.image_channels),
+    row=lambda config, value: parse_lowres(
+        read_values(value, config.image_channels), config.image_channels
+    ),
 )

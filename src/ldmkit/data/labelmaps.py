@@ -16,12 +16,12 @@ LARGEST_CLASS = 255
 INDEX_MODES = ("1", "L", "P", "I;16", "I;16B", "I")
 
 
-def read_labelmap(blob: Blob, shape: Sequence[int]) -> UInt8[Tensor, "height width"]:
+def read_labelmap(blob: Blob, shape: Sequence[int] | None) -> UInt8[Tensor, "height width"]:
     """Class indices of the pixels: of a palette picture its indices, of others their values.
 
     Args:
         blob: a grey or palette picture, or a `.npy` of whole numbers.
-        shape: height and width of the picture it belongs to.
+        shape: height and width of the picture it belongs to; None for any.
 
     Raises:
         DataError: it holds no indices from 0 to 255, or has another size than its picture.
@@ -42,7 +42,7 @@ def read_labelmap(blob: Blob, shape: Sequence[int]) -> UInt8[Tensor, "height wid
         raise DataError(
             f"{name} holds {values.dtype} {list(values.shape)}; whole numbers [h, w] are needed"
         )
-    if values.shape != tuple(shape):
+    if shape is not None and values.shape != tuple(shape):
         raise DataError(
             f"{name} has {values.shape[1]} x {values.shape[0]} pixels and its picture "
             f"{shape[1]} x {shape[0]}"
