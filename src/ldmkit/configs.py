@@ -29,45 +29,10 @@ from ldmkit.diffusion_configs import (
     require_fitting,
 )
 from ldmkit.fields import Config, Count, Fraction, Positive, Weight, argument, field
-from ldmkit.optimization_configs import OptimizationConfig
+from ldmkit.optimization_configs import OptimizationConfig, TrainingConfig
 
 STREAM = Path("-")
 """Stands for standard input or standard output."""
-
-
-class TrainingConfig(Config):
-    """What both training commands share."""
-
-    out: Path = field(Path("run"), "Run directory: config, log, previews, checkpoints, model file")
-    steps: Positive = field(100_000, "Optimizer steps of the whole run")
-    batch_size: Positive = field(16, "Samples for each step")
-    warmup: Count = field(0, "Steps at the start over which the learning rate rises from 0")
-    cooldown: Count = field(0, "Steps at the end over which the learning rate falls to 0")
-    seed: int = field(0, "Fixes weights, order and noise")
-    holdout: Fraction = field(
-        0.0, "Share of the data kept out of training, chosen by hash of the key"
-    )
-    workers: Count = field(0, "Processes that read pictures; 0 = in the training process")
-    device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
-    precision: Literal["auto", "fp32", "bf16"] = field(
-        "auto",
-        "bf16 computes in bfloat16 (weights stay float32); auto = where the hardware is fast at it",
-    )
-    log_every: Positive = field(50, "Steps between lines in metrics.jsonl")
-    sample_every: Positive = field(1_000, "Steps between preview pictures in samples/")
-    save_every: Positive = field(1_000, "Steps between checkpoints (the newest two are kept)")
-    tensorboard: bool = field(False, "Write TensorBoard events too (extra: tensorboard)")
-
-    FREE_TO_CHANGE: ClassVar[Sequence[str]] = (
-        *("steps", "out", "workers", "device", "log_every", "sample_every", "save_every"),
-        "tensorboard",
-    )
-    """Fields that may differ when a run is resumed; any other would make it another run."""
-
-    @property
-    def steps_shape_the_run(self) -> bool:
-        """Whether another number of steps would have changed those already done."""
-        return self.cooldown > 0
 
 
 class TrainAEConfig(TrainingConfig, SourceConfig):
@@ -117,7 +82,14 @@ class TrainAEConfig(TrainingConfig, SourceConfig):
     def disc_start(self) -> int:
         """The step at which the adversarial phase begins; after the last one if it never does."""
         never = self.steps + 1
-        return self.disc.start_step(self.steps, self.batch_size) if self.disc.weight else never
+        if not self.disc.weight:
+            return never
+        return self.disc.start_step(self.steps, self.samples_per_step)
+
+    @property
+    def smallest_part(self) -> int:
+        """How many pictures have to go through the networks at once: norms over a batch need two."""
+        return 2 if self.disc.weight and "batch" in self.disc.norm else 1
 
     @property
     def steps_shape_the_run(self) -> bool:
@@ -136,11 +108,8 @@ class TrainAEConfig(TrainingConfig, SourceConfig):
                     f"--{name} {size} is not a multiple of {factor}, by which the "
                     "autoencoder's levels shrink pictures"
                 )
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
-            )
-        if self.batch_size == self.accumulate and self.disc.weight and "batch" in self.disc.norm:
+        self.require_divisible_by(self.accumulate)
+        if self.batch_size == self.accumulate and self.smallest_part > 1:
             raise ValueError(
                 f"--disc.norm {self.disc.norm} needs more than one picture at a time: "
                 "take group or act, or larger parts"
@@ -235,7 +204,7 @@ class TrainDiffusionConfig(TrainingConfig, OptimizationConfig, ConditioningConfi
     @property
     def peak_lr(self) -> float:
         """The largest learning rate: as typed, or for each sample of a batch."""
-        return self.lr * self.batch_size if self.scale_lr else self.lr
+        return self.lr * self.samples_per_step if self.scale_lr else self.lr
 
     @property
     def steps_shape_the_run(self) -> bool:
@@ -246,10 +215,7 @@ class TrainDiffusionConfig(TrainingConfig, OptimizationConfig, ConditioningConfi
     def _training_fits(self) -> "TrainDiffusionConfig":
         self.require_fitting_schedule(self.steps, self.warmup)
         require_fitting(self.schedule, self.parameterization)
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}"
-            )
+        self.require_divisible_by(self.accumulate)
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
@@ -19,16 +20,24 @@ from ldmkit.conditioning.kind import Values
 from ldmkit.conditioning.self_conditioning import SHARE, estimating_first
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentBatch
+from ldmkit.data.order import generator_for
 from ldmkit.diffusion.noise_draw import LEVELS, draw_sigmas, level_of
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.weighting import Uncertainty
 from ldmkit.diffusion_configs import ObjectiveConfig
 from ldmkit.latent_diffusion import LatentDiffusion
+from ldmkit.networks.unet import Stage
 from ldmkit.tensors import Latents, Mask, Noise, Scalar, Sigmas
-from ldmkit.training.guard import NonFiniteGuard
+from ldmkit.training.averages import averaged_copy, decay_at, update_average
+from ldmkit.training.guard import NonFiniteGuard, step_if
+from ldmkit.training.optimization import gradient_norm, set_learning_rate
+from ldmkit.training.optimizers import build_optimizers, parameters_of
+from ldmkit.training.recomputation import recompute
 from ldmkit.training.runlog import Weighted
-from ldmkit.training.runtime import noise_from
+from ldmkit.training.runtime import autocast_for, noise_from, on_device
+from ldmkit.training.snapshots import tracked_averages, update_tracked
 
+UNCERTAINTY = 8  # place in the seed tree
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -59,6 +68,30 @@ class Part(NamedTuple):
     bins: Int[Tensor, " batch"]
     """Of the noise levels."""
     noise: Noise
+
+
+def learner_of(model: LatentDiffusion, config: TrainDiffusionConfig) -> Learner:
+    """A model with its averages and optimizers, ready to train where its weights are."""
+    device = model.latent_mean.device
+    average = averaged_copy(model)  # before what follows, which is for training alone
+    if config.checkpointing:
+        recompute(part for part in model.unet.modules() if isinstance(part, Stage))
+    if config.compile:
+        model.unet.compile()
+    uncertainty, optimizers = None, build_optimizers(model, config)
+    if config.objective.weighting == "uncertainty":
+        uncertainty = on_device(Uncertainty(generator_for(config.seed, UNCERTAINTY)), device)
+        weights = uncertainty.parameters()
+        optimizers["uncertainty"] = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
+    return Learner(
+        model=model,
+        average=average,
+        tracked=tracked_averages(model, config.average),
+        uncertainty=uncertainty,
+        guard=NonFiniteGuard(),
+        optimizers=optimizers,
+        autocast=autocast_for(device, config.precision),
+    )
 
 
 def draw_batch(
@@ -172,3 +205,38 @@ def measured(
         "loss_by_noise": losses_by_bin(losses, bins),
         "gradient_norm": Weighted(torch.where(sound, norm, zero), count),
     }
+
+
+def take_step(
+    learner: Learner,
+    config: TrainDiffusionConfig,
+    step: int,
+    indices: np.ndarray,
+    batch: Part,
+    rate: float,
+) -> dict[str, Weighted]:
+    """Move the weights and their averages by one batch.
+
+    Args:
+        learner: what moves.
+        config: of the run.
+        step: counted from 0.
+        indices: the batch's samples, to be named where the update is left out.
+        batch: as drawn.
+        rate: learning rate of the step.
+
+    Returns:
+        What the step adds to the log.
+    """
+    optimizers = learner.optimizers.values()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(optimizer, rate)
+    losses = add_gradients(learner, divided(batch, config.accumulate), config.objective)
+    norm = gradient_norm(parameters_of(optimizers), config.clip_norm)
+    sound = learner.guard.judge(step, indices, losses, norm)
+    for optimizer in optimizers:
+        step_if(sound, optimizer)
+    update_average(learner.average, learner.model, decay_at(step, config.average))
+    update_tracked(learner.tracked, learner.model, step)
+    return measured(losses, norm, sound, batch.bins)

@@ -1,4 +1,4 @@
-"""How the diffusion model's weights are moved, and how one sees whether it learns.
+"""How weights are moved: what both training commands share, and the diffusion model's own settings.
 
 Imports no torch.
 """
@@ -9,9 +9,64 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldmkit.fields import Config, Fraction, Positive, Weight, field
+from ldmkit.fields import Config, Count, Fraction, Positive, Weight, field
 
 ADAM_BETAS = (0.9, 0.999)
+
+
+class TrainingConfig(Config):
+    """What both training commands share."""
+
+    out: Path = field(Path("run"), "Run directory: config, log, previews, checkpoints, model file")
+    steps: Positive = field(100_000, "Optimizer steps of the whole run")
+    batch_size: Positive | Literal["auto"] = field(
+        16,
+        "Samples for each step; auto = the most that a trial finds room for in the memory that is free,"
+        " kept as a number in OUT/config.toml",
+    )
+    warmup: Count = field(0, "Steps at the start over which the learning rate rises from 0")
+    cooldown: Count = field(0, "Steps at the end over which the learning rate falls to 0")
+    seed: int = field(0, "Fixes weights, order and noise")
+    holdout: Fraction = field(
+        0.0, "Share of the data kept out of training, chosen by hash of the key"
+    )
+    workers: Count = field(0, "Processes that read pictures; 0 = in the training process")
+    device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
+    precision: Literal["auto", "fp32", "bf16"] = field(
+        "auto",
+        "bf16 computes in bfloat16 (weights stay float32); auto = where the hardware is fast at it",
+    )
+    log_every: Positive = field(50, "Steps between lines in metrics.jsonl")
+    sample_every: Positive = field(1_000, "Steps between preview pictures in samples/")
+    save_every: Positive = field(1_000, "Steps between checkpoints (the newest two are kept)")
+    tensorboard: bool = field(False, "Write TensorBoard events too (extra: tensorboard)")
+
+    FREE_TO_CHANGE: ClassVar[Sequence[str]] = (
+        *("steps", "out", "workers", "device", "log_every", "sample_every", "save_every"),
+        "tensorboard",
+    )
+    """Fields that may differ when a run is resumed; any other would make it another run."""
+
+    @property
+    def steps_shape_the_run(self) -> bool:
+        """Whether another number of steps would have changed those already done."""
+        return self.cooldown > 0
+
+    @property
+    def samples_per_step(self) -> int:
+        """The batch size as a number; `auto` has to be resolved before anything is trained.
+
+        Raises:
+            TypeError: it has not been.
+        """
+        if self.batch_size == "auto":
+            raise TypeError("--batch-size auto has not been resolved")
+        return self.batch_size
+
+    def require_divisible_by(self, parts: int) -> None:
+        """Raise ValueError if a batch cannot be cut into so many equal parts."""
+        if self.batch_size != "auto" and self.batch_size % parts:
+            raise ValueError(f"--accumulate {parts} does not divide --batch-size {self.batch_size}")
 
 
 class OptimizationConfig(Config):

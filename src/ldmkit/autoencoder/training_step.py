@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldmkit.autoencoder.adversarial_phase import CollapseWatch
+from ldmkit.autoencoder.adversarial_phase import CollapseWatch, Phase
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.codebook import CodebookUpkeep
 from ldmkit.autoencoder.discriminator import (
@@ -28,14 +28,17 @@ from ldmkit.autoencoder.loss import (
     Valid,
     where_valid,
 )
+from ldmkit.autoencoder.perceptual import PerceptualDistance
 from ldmkit.autoencoder.posterior import Posterior
 from ldmkit.configs import TrainAEConfig
 from ldmkit.data.order import generator_for
 from ldmkit.data.preprocessing import AnySize, resize
 from ldmkit.tensors import Images, Latents, Noise
+from ldmkit.training.averages import averaged_copy, update_average, warmed_decay
 from ldmkit.training.optimization import clip_gradients
+from ldmkit.training.runtime import autocast_for, on_device
 
-RESOLUTION = 6  # place in the seed tree
+CODES, RESOLUTION = 5, 6  # places in the seed tree
 LARGEST_FIRST = 10
 """Steps at the largest resolution, so that a lack of memory shows at once."""
 
@@ -90,6 +93,36 @@ class Shown(NamedTuple):
     latents: Latents
 
 
+def learners_of(
+    model: Autoencoder, perceptual: PerceptualDistance | None, config: TrainAEConfig
+) -> Learners:
+    """A model with its adversary, losses and optimizers, ready to train where its weights are."""
+    device = model.device
+    model.checkpoint_activations(config.checkpointing)
+    frozen = [model.encoder, model.to_moments, model.codebook] if config.decoder_only else []
+    for module in frozen:
+        if module is not None:
+            module.requires_grad_(False)
+    discriminator = PatchDiscriminator(config.preprocessing.channels, config.disc)
+    discriminator = on_device(discriminator, device)
+    loss = ReconstructionLoss(config.loss, perceptual.to(device) if perceptual else None)
+    loss = on_device(loss, device)
+    trained = [p for p in (*model.parameters(), *loss.parameters()) if p.requires_grad]
+    disc_trained = list(discriminator.parameters())
+    codebook = None if config.decoder_only else model.codebook
+    return Learners(
+        model=model,
+        average=averaged_copy(model) if config.ema_decay else None,
+        loss=loss,
+        discriminator=discriminator,
+        upkeep=CodebookUpkeep(codebook) if codebook is not None else None,
+        watch=on_device(CollapseWatch(config.disc), device),
+        optimizer=torch.optim.Adam(trained, config.lr, config.betas, fused=True),
+        disc_optimizer=torch.optim.Adam(disc_trained, config.lr, config.betas, fused=True),
+        autocast=autocast_for(device, config.precision),
+    )
+
+
 def batch_of(images: Images, valid: Valid | None, model: Autoencoder, noise: Noise) -> Part:
     """A whole batch with the noise for its latents, which is the same however it is divided."""
     factor = model.config.factor
@@ -112,6 +145,34 @@ def reconstruct(learners: Learners, part: Part) -> tuple[Images, Posterior]:
         posterior = model.encode(part.images)
         reconstructions = model.decode(posterior.sample(lambda mean: part.noise.to(mean.dtype)))
     return where_valid(part.images, reconstructions.float(), part.valid), posterior
+
+
+def take_step(
+    learners: Learners, config: TrainAEConfig, batch: Part, step: int, phase: Phase
+) -> dict[str, Tensor]:
+    """One step of whichever side learns in this phase; returns what it adds to the log."""
+    parts = divided(batch, config.accumulate)
+    scalars: dict[str, Tensor] = {}
+    if phase.autoencoder_learns:
+        shown, terms = update_autoencoder(learners, config, parts, phase.weight)
+        distance = terms.perceptual if learners.loss.has_perceptual else terms.pixel
+        learners.watch.note_autoencoder(terms.total, distance)
+        scalars |= terms._asdict()
+        if learners.upkeep is not None:
+            latents = torch.cat([part.latents for part in shown])
+            draw = generator_for(config.seed, CODES, step)
+            scalars |= learners.upkeep.update(latents, draw)
+        if learners.average is not None:
+            update_average(learners.average, learners.model, warmed_decay(step, config.ema_decay))
+    else:
+        shown = watch_autoencoder(learners, parts)
+    if phase.discriminator_learns:
+        penalize = config.disc.r1_weight > 0 and step % config.disc.r1_every == 0
+        judged = update_discriminator(learners, config, shown, penalize=penalize)
+        if phase.autoencoder_learns:
+            learners.watch.note_discriminator(judged["accuracy"])
+        scalars |= judged
+    return scalars
 
 
 def update_autoencoder(

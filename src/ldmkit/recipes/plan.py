@@ -34,29 +34,32 @@ def plan(config: Config) -> str:
 
 
 def plan_train_ae(config: TrainAEConfig) -> list[str]:
-    """Open one batch, build the networks without memory, count."""
+    """Open one batch, build the networks without memory, take a step of them, count."""
+    config, device = as_begun(config), pick_device(config.device)
     source = open_source(config)
     training, held_back = split(source.items, config.holdout)
-    images = read_images(training[: config.batch_size], config.preprocessing)
-    counted = 1.0 - float(images.isnan().float().mean())
-    ends = float((images.abs() == 1.0).float().mean()) / counted
     with torch.device("meta"):
         model = build_autoencoder(config.autoencoder, config.preprocessing)
         discriminator = PatchDiscriminator(config.preprocessing.channels, config.disc)
-        batch = torch.empty(config.batch_size, *images.shape[1:])
-        saved = saved_bytes(lambda: discriminator(model.decode(model.encode(batch).mean)))
-        latents = model.encode(batch).mean
+    config, memory = _with_memory(config, first_stage_memory, device, len(training))
+    images = read_images(training[: config.samples_per_step], config.preprocessing)
+    counted = 1.0 - float(images.isnan().float().mean())
+    ends = float((images.abs() == 1.0).float().mean()) / counted
+    with torch.device("meta"):
+        latents = model.encode(torch.empty(1, *images.shape[1:])).mean
     trained = parameters(model) + parameters(discriminator)
-    checkpoint = trained * FLOAT_BYTES * (TRAINED_COPIES - 1)
+    averages = parameters(model) if config.ema_decay else 0
+    checkpoint = (3 * trained + averages) * FLOAT_BYTES  # weights, two moments
+    shape = [config.samples_per_step, *images.shape[1:]]
     return [
-        f"data: {len(training)} pictures to train on, {len(held_back)} held back; a batch is {list(batch.shape)}",
+        f"data: {len(training)} pictures to train on, {len(held_back)} held back; a batch is {shape}",
         f"values: {counted:.1%} of the pixels of a batch count, {ends:.1%} of these are at an end of the range",
         f"latents: {list(latents.shape[1:])}, {config.autoencoder.factor} times smaller along each side",
         f"parameters: {parameters(model):,} (autoencoder), {parameters(discriminator):,} (discriminator)",
         *_effective_kl_weight(config, images[0].numel(), latents[0].numel()),
-        f"memory: about {size(trained * FLOAT_BYTES * TRAINED_COPIES + saved)} without the perceptual network",
+        *memory,
         f"disk: about {size(checkpoint * (KEEP + 1) + parameters(model) * FLOAT_BYTES)} in {config.out}",
-        f"steps: {config.steps:,}, {config.steps * config.batch_size / len(training):.1f} times through the data",
+        f"steps: {config.steps:,}, {config.steps * config.samples_per_step / len(training):.1f} times through the data",
     ]
 
 
@@ -85,59 +88,40 @@ def plan_encode(config: EncodeConfig) -> list[str]:
 
 
 def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
-    """Open one batch, build the network without memory, count."""
+    """Open one batch, build the network without memory, take a step of it, count."""
     if config.latents == STREAM:
         raise UsageError("--dry-run reads no stream: name a latent set on disk")
+    config, device = as_begun(config), pick_device(config.device)
     latents = LatentSet(config.latents)
     largest = max(latents.shapes, key=math.prod)
-    indices = latents.shapes[largest][: config.batch_size]
-    batch = latents.read(indices)
+    samples = max(map(len, training_buckets(latents, config.holdout)))
+    config, memory = _with_memory(config, second_stage_memory, device, samples)
     settled = diffusion_config(config, latents)
     readers = readers_of(settled.conditions, config.options_of, latents)
-    first = values_of(readers, indices[:1], generator_for(config.seed))
+    first = values_of(readers, latents.shapes[largest][:1], generator_for(config.seed))
+    told = ", ".join(condition.kind for condition in settled.conditions) or "nothing"
     with torch.device("meta"):
         model = build_diffusion(settled)
-        x = torch.empty(config.batch_size, *batch.mean.shape[1:])
-        times = torch.empty(config.batch_size)
-        one = {kind: value.to("meta") for kind, value in first.items()}
-        whole = {
-            kind: value.expand(config.batch_size, *value.shape[1:]) for kind, value in one.items()
-        }
-        saved = saved_bytes(lambda: model.unet(x, times, *model.condition(whole)))
-        work = operations(lambda: model.unet(x[:1], times[:1], *model.condition(one)))
-    told = ", ".join(condition.kind for condition in settled.conditions) or "nothing"
+        x, one = torch.empty(1, *largest), {kind: value.to("meta") for kind, value in first.items()}
+        work = operations(lambda: model.denoise(x, torch.empty(1), model.condition(one)))
     trained = parameters(model)
     tracked = len(WIDTHS) if config.average.snapshots else 0
-    copies = TRAINED_COPIES + tracked
-    checkpoint = trained * FLOAT_BYTES * copies  # weights, averages, two moments
+    moments = sum(moment_bytes(model, config).values())
+    checkpoint = trained * FLOAT_BYTES * (2 + tracked) + moments  # weights and averages
     disk = checkpoint * (KEEP + 1) + trained * FLOAT_BYTES
     if tracked:
         snapshots = -(-config.steps // config.average.snapshots)
         width = FORMATS[config.average.snapshot_format].itemsize
         disk += snapshots * tracked * trained * width
+    shape = [config.samples_per_step, *largest]
     return [
-        f"data: {len(latents)} latents of {list(batch.mean.shape[1:])}; a batch is {list(x.shape)}",
+        f"data: {len(latents)} latents of {list(largest)}; a batch is {shape}",
         f"parameters: {trained:,}; told: {told}",
         f"compute: {work / 1e9:,.1f} GFLOPs for each image and model call, {BACKWARD * work / 1e9:,.1f} to train on it",
-        f"memory: about {size(trained * FLOAT_BYTES * (copies + 1) + saved)}",
+        *memory,
         f"disk: about {size(disk)} in {config.out}",
-        f"steps: {config.steps:,}, {config.steps * config.batch_size / len(latents):.1f} times through the data",
+        f"steps: {config.steps:,}, {config.steps * config.samples_per_step / len(latents):.1f} times through the data",
     ]
-
-
-def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd would keep for the backward pass; the tensors may be without memory."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[id(tensor)] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    activations = [tensor for tensor in kept.values() if not isinstance(tensor, nn.Parameter)]
-    del result
-    return sum(tensor.numel() * tensor.element_size() for tensor in activations)
 
 
 def operations(forward: Callable[[], Tensor]) -> int:

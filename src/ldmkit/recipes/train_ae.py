@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ldmkit.assembly import (
     autoencoder_facts,
@@ -11,20 +10,17 @@ from ldmkit.assembly import (
     init_autoencoder,
     save_autoencoder,
 )
-from ldmkit.autoencoder.adversarial_phase import CollapseWatch, phase_of
+from ldmkit.autoencoder.adversarial_phase import phase_of
 from ldmkit.autoencoder.autoencoder import Autoencoder
-from ldmkit.autoencoder.codebook import CodebookUpkeep
-from ldmkit.autoencoder.discriminator import PatchDiscriminator
-from ldmkit.autoencoder.loss import ReconstructionLoss, where_valid
+from ldmkit.autoencoder.loss import where_valid
 from ldmkit.autoencoder.perceptual import PerceptualDistance, box_distance, build_perceptual
 from ldmkit.autoencoder.training_step import (
+    CODES,
     Learners,
     at_resolution,
     batch_of,
-    divided,
-    update_autoencoder,
-    update_discriminator,
-    watch_autoencoder,
+    learners_of,
+    take_step,
 )
 from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.configs import TrainAEConfig
@@ -46,16 +42,16 @@ from ldmkit.errors import CollapseError, InterruptedRun
 from ldmkit.metrics.reconstruction import psnr
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
-from ldmkit.training.averages import averaged_copy, update_average, warmed_decay
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.interruption import Interruption
 from ldmkit.training.optimization import learning_rate, set_learning_rate
-from ldmkit.training.run import due, finished, open_run, require_same_run
+from ldmkit.training.run import as_begun, due, finished, open_run, require_same_run
 from ldmkit.training.runlog import RunLog
-from ldmkit.training.runtime import autocast_for, noise_from, pick_device
+from ldmkit.training.runtime import noise_from, pick_device
 from ldmkit.training.setback import Setback, read_setback, write_setback
+from ldmkit.trials import autoencoder_trial, with_largest_batch
 
-WEIGHTS, NOISE, GLOBAL, CODES = 2, 3, 4, 5  # places in the seed tree; 6 is RESOLUTION
+WEIGHTS, NOISE, GLOBAL = 2, 3, 4  # places in the seed tree; 5 and 6 are CODES and RESOLUTION
 PREVIEWS = 8
 CHECK_EVERY = 25
 """Steps between looks at the watch, each of which waits for the device."""
@@ -76,6 +72,7 @@ def train_ae(config: TrainAEConfig) -> Path:
         CollapseError: adversarial training broke down, and again after it was set back.
     """
     result = config.out / "autoencoder.safetensors"
+    config = as_begun(config)
     if finished(config, result):
         return result
     if config.autoencoder.bottleneck == "identity":
@@ -99,6 +96,8 @@ def train_ae(config: TrainAEConfig) -> Path:
     say(f"{training} pictures to train on, {held_back} held back, from {shown(config.data)}")
     say_what_is_clipped(data.training, config.preprocessing)
     depth = depth_of(data.training, config.preprocessing)
+    if config.batch_size == "auto":
+        config = with_largest_batch(config, autoencoder_trial, training)
     perceptual = build_perceptual(config.loss)
     open_run(config)
     learners = build_learners(config, perceptual, device)
@@ -120,7 +119,7 @@ def train_ae(config: TrainAEConfig) -> Path:
         "pictures": training,
         "steps": config.steps,
         "holdout": config.holdout,
-        "seen": config.steps * config.batch_size,
+        "seen": config.steps * config.samples_per_step,
     }
     decodes: tuple[str, ...] = ()
     if config.decoder_only and config.init is not None:
@@ -161,7 +160,7 @@ def train(
     batches = training_batches(
         data.training,
         config.preprocessing,
-        batch_size=config.batch_size,
+        batch_size=config.samples_per_step,
         seed=config.seed,
         start=start,
         workers=config.workers,
@@ -178,7 +177,7 @@ def train(
             if step > counts_from and (logging or step % CHECK_EVERY == 0):
                 learners.watch.raise_if_collapsed(step)
             if logging:
-                means = log.write_means(step, config.batch_size) or means
+                means = log.write_means(step, config.samples_per_step) or means
             if due(step, config.sample_every, config.steps) and step > start:
                 pictures = fill_gaps(read_images(previews, config.preprocessing)).images
                 sheet = grid(compare(learners.result, pictures.to(device)), PREVIEWS)
@@ -201,32 +200,11 @@ def train(
             noise = noise_from(generator_for(config.seed, NOISE, step))
             valid = valid if valid is None else valid.to(device)
             batch = batch_of(images.to(device), valid, learners.model, noise)
-            parts = divided(batch, config.accumulate)
-
-            scalars: dict[str, Tensor] = {}
-            if phase.autoencoder_learns:
-                shown, terms = update_autoencoder(learners, config, parts, weight)
-                distance = terms.perceptual if learners.loss.has_perceptual else terms.pixel
-                learners.watch.note_autoencoder(terms.total, distance)
-                scalars |= terms._asdict()
-                if learners.upkeep is not None:
-                    latents = torch.cat([part.latents for part in shown])
-                    draw = generator_for(config.seed, CODES, step)
-                    scalars |= learners.upkeep.update(latents, draw)
-                if learners.average is not None:
-                    decay = warmed_decay(step, config.ema_decay)
-                    update_average(learners.average, learners.model, decay)
-            else:
-                shown = watch_autoencoder(learners, parts)
-            if phase.discriminator_learns:
-                penalize = config.disc.r1_weight > 0 and step % config.disc.r1_every == 0
-                judged = update_discriminator(learners, config, shown, penalize=penalize)
-                if phase.autoencoder_learns:
-                    learners.watch.note_discriminator(judged["accuracy"])
-                scalars |= judged
-            log.add(scalars)
+            log.add(take_step(learners, config, batch, step, phase._replace(weight=weight)))
             progress.advance(note=f"pixel {means['pixel']:.4f}" if "pixel" in means else "")
-    quality = evaluate(learners.result, data.held_back, config.preprocessing, config.batch_size)
+    quality = evaluate(
+        learners.result, data.held_back, config.preprocessing, config.samples_per_step
+    )
     if quality:
         log.write(config.steps, quality)
         say("held back: " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items()))
@@ -239,28 +217,7 @@ def build_learners(
     """Networks with fresh weights, losses and optimizers."""
     torch.manual_seed(seed_for(config.seed, WEIGHTS))
     model = build_autoencoder(config.autoencoder, config.preprocessing).to(device)
-    model.checkpoint_activations(config.checkpointing)
-    frozen = [model.encoder, model.to_moments, model.codebook] if config.decoder_only else []
-    for module in frozen:
-        if module is not None:
-            module.requires_grad_(False)
-    discriminator = PatchDiscriminator(config.preprocessing.channels, config.disc).to(device)
-    loss = ReconstructionLoss(config.loss, perceptual.to(device) if perceptual else None)
-    loss = loss.to(device)
-    trained = [p for p in (*model.parameters(), *loss.parameters()) if p.requires_grad]
-    disc_trained = list(discriminator.parameters())
-    codebook = None if config.decoder_only else model.codebook
-    return Learners(
-        model=model,
-        average=averaged_copy(model) if config.ema_decay else None,
-        loss=loss,
-        discriminator=discriminator,
-        upkeep=CodebookUpkeep(codebook) if codebook is not None else None,
-        watch=CollapseWatch(config.disc).to(device),
-        optimizer=torch.optim.Adam(trained, config.lr, config.betas, fused=True),
-        disc_optimizer=torch.optim.Adam(disc_trained, config.lr, config.betas, fused=True),
-        autocast=autocast_for(device, config.precision),
-    )
+    return learners_of(model, perceptual, config)
 
 
 @torch.no_grad()
@@ -276,7 +233,7 @@ def begin(config: TrainAEConfig, learners: Learners, items: list[Item]) -> None:
         latents = None
         if config.autoencoder.codebook.kmeans_start and "codebook.codes" in missing:
             order = indices_of_step(
-                0, count=len(items), batch_size=config.batch_size, seed=config.seed
+                0, count=len(items), batch_size=config.samples_per_step, seed=config.seed
             )
             first = read_images([items[index] for index, _ in order], config.preprocessing)
             latents = model.encode(fill_gaps(first).images.to(model.device)).mean

@@ -1,6 +1,7 @@
 """`ldmkit train-diffusion`: latents in, a diffusion model file out."""
 
 from collections.abc import Mapping
+from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +24,12 @@ from ldmkit.data.latent_batches import samples_of_step, training_buckets
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.latent_stream import receive_latents
 from ldmkit.data.order import generator_for, seed_for
-from ldmkit.diffusion.weighting import Uncertainty
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.diffusion_step import (
     Learner,
-    add_gradients,
-    divided,
     draw_batch,
-    measured,
+    learner_of,
+    take_step,
 )
 from ldmkit.drawing import Manner, draw_latents
 from ldmkit.errors import InterruptedRun, NonFiniteError, UsageError
@@ -38,32 +37,23 @@ from ldmkit.facts import DiffusionFacts, Manifest
 from ldmkit.held_back import VALIDATED, VALUES, HeldBack, as_sentence, held_back_latents, validate
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
-from ldmkit.networks.unet import Stage
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
-from ldmkit.training.averages import averaged_copy, decay_at, update_average
 from ldmkit.training.checkpoint import TrainingState
-from ldmkit.training.guard import PATIENCE, NonFiniteGuard, step_if
+from ldmkit.training.guard import PATIENCE, NonFiniteGuard
 from ldmkit.training.interruption import Interruption
-from ldmkit.training.optimization import (
-    gradient_norm,
-    learning_rate,
-    lr_decay,
-    set_learning_rate,
-)
-from ldmkit.training.optimizers import build_optimizers, parameters_of
-from ldmkit.training.recomputation import compilation_explained, recompute
-from ldmkit.training.run import due, finished, open_run
+from ldmkit.training.optimization import learning_rate, lr_decay
+from ldmkit.training.recomputation import compilation_explained
+from ldmkit.training.run import as_begun, due, finished, open_run
 from ldmkit.training.runlog import RunLog
-from ldmkit.training.runtime import autocast_for, noise_from, pick_device
+from ldmkit.training.runtime import noise_from, pick_device
 from ldmkit.training.snapshots import (
     drop_snapshots_after,
     save_snapshot,
-    tracked_averages,
-    update_tracked,
 )
+from ldmkit.trials import diffusion_trial, with_largest_batch
 
-WEIGHTS, NOISE, GLOBAL, PREVIEW, UNCERTAINTY = 2, 3, 4, 5, 8  # places in the seed tree
+WEIGHTS, NOISE, GLOBAL, PREVIEW = 2, 3, 4, 5  # places in the seed tree; 8 is UNCERTAINTY
 PREVIEWS, COLUMNS = 16, 8
 NAMED = 8
 """Samples whose keys are told when an update is left out."""
@@ -97,10 +87,12 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
         NonFiniteError: too many updates in a row had to be left out; the state is saved.
     """
     result = config.out / "diffusion.safetensors"
+    config = as_begun(config)
     if finished(config, result):
         return result
     device = pick_device(config.device)
-    latents = LatentSet(latents_of(config, stream))
+    latents_at = latents_of(config, stream)
+    latents = LatentSet(latents_at)
     manifest = latents.manifest
     buckets = training_buckets(latents, config.holdout)
     training = np.concatenate(buckets)
@@ -109,8 +101,11 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
     readers = readers_of(model_config.conditions, config.options_of, latents)
     shapes = ", ".join(str(shape) for shape in latents.shapes)
     say(f"{len(training)} latents of {shapes} from {config.latents}, {told}")
+    if config.batch_size == "auto":
+        trial = partial(diffusion_trial, latents_at)
+        config = with_largest_batch(config, trial, max(map(len, buckets)))
     if config.scale_lr:
-        say(f"learning rate {config.peak_lr:g} = {config.lr:g} x {config.batch_size} samples")
+        say(f"learning rate {config.peak_lr:g} = {config.lr:g} x {config.samples_per_step} samples")
     held_back = held_back_latents(config, latents, training)
     autoencoder = None
     if config.ae is not None:
@@ -136,7 +131,7 @@ def facts_after(
     trained: dict[str, object] = {
         "latents": sum(len(indices) for indices in data.buckets),
         "steps": step,
-        "seen": step * config.batch_size,
+        "seen": step * config.samples_per_step,
         "average": {"kind": average.kind} | chosen[average.kind],
         "condition_dropout": config.condition_dropout,
         **{name: quality[name] for name in VALIDATED if quality},
@@ -165,7 +160,6 @@ def train(
         NonFiniteError: too many updates in a row had to be left out; the state is saved.
     """
     model, average, tracked, uncertainty, guard, optimizers, autocast = learner
-    weights = parameters_of(optimizers.values())
     balance = {"uncertainty": uncertainty} if uncertainty is not None else {}
     modules = {"model": model, "average": average, "guard": guard, **tracked, **balance}
     state = TrainingState(config.out, modules, optimizers)
@@ -187,7 +181,7 @@ def train(
             trouble = look_at(guard, data.latents) if looking else None
             if logging or trouble:
                 also = {"learning_rate": rate, "skipped_updates": float(guard.skipped)}
-                means = log.write_means(step, config.batch_size, also) or means
+                means = log.write_means(step, config.samples_per_step, also) or means
             if autoencoder and due(step, config.sample_every, config.steps) and step > start:
                 pixels = preview(average, autoencoder, data, config)
                 log.picture(step, "samples", grid(pixels, COLUMNS))
@@ -213,25 +207,15 @@ def train(
 
             torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
             indices = samples_of_step(
-                step, data.buckets, batch_size=config.batch_size, seed=config.seed
+                step, data.buckets, batch_size=config.samples_per_step, seed=config.seed
             )
             generator = generator_for(config.seed, NOISE, step)
             read = data.latents.read(indices)
             values = values_of(data.readers, indices, generator_for(config.seed, VALUES, step))
             batch = draw_batch(model, read, values, generator, config)
             rate = learning_rate(config.peak_lr, step, config) * lr_decay(step, config)
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-                set_learning_rate(optimizer, rate)
             with compilation_explained():
-                losses = add_gradients(learner, divided(batch, config.accumulate), config.objective)
-            norm = gradient_norm(weights, config.clip_norm)
-            sound = guard.judge(step, indices, losses, norm)
-            for optimizer in optimizers.values():
-                step_if(sound, optimizer)
-            update_average(average, model, decay_at(step, config.average))
-            update_tracked(tracked, model, step)
-            log.add(measured(losses, norm, sound, batch.bins))
+                log.add(take_step(learner, config, step, indices, batch, rate))
             progress.advance(note=f"loss {means['loss']:.4f}" if "loss" in means else "")
     return quality
 
@@ -246,26 +230,7 @@ def build_learner(
     torch.manual_seed(seed_for(config.seed, WEIGHTS))
     model = build_diffusion(model_config)
     model.set_whitening(manifest.whitening)
-    model.to(device)
-    average = averaged_copy(model)  # before what follows, which is for training alone
-    if config.checkpointing:
-        recompute(part for part in model.unet.modules() if isinstance(part, Stage))
-    if config.compile:
-        model.unet.compile()
-    uncertainty, optimizers = None, build_optimizers(model, config)
-    if config.objective.weighting == "uncertainty":
-        uncertainty = Uncertainty(generator_for(config.seed, UNCERTAINTY)).to(device)
-        weights = uncertainty.parameters()
-        optimizers["uncertainty"] = torch.optim.AdamW(weights, weight_decay=0.0, fused=True)
-    return Learner(
-        model=model,
-        average=average,
-        tracked=tracked_averages(model, config.average),
-        uncertainty=uncertainty,
-        guard=NonFiniteGuard(),
-        optimizers=optimizers,
-        autocast=autocast_for(device, config.precision),
-    )
+    return learner_of(model.to(device), config)
 
 
 def look_at(guard: NonFiniteGuard, latents: LatentSet) -> NonFiniteError | None:

@@ -1,6 +1,9 @@
 """The run directory: one config, kept; the same command again goes on with it."""
 
 from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import ValidationError
 
 from ldmkit.configfile import first_difference, read_toml, to_toml
 from ldmkit.configs import TrainingConfig
@@ -10,6 +13,8 @@ from ldmkit.errors import UsageError
 from ldmkit.terminal import say
 
 CONFIG_FILE = "config.toml"
+AUTO = "auto"
+AnyTraining = TypeVar("AnyTraining", bound=TrainingConfig)
 
 
 def open_run(config: TrainingConfig) -> None:
@@ -24,12 +29,40 @@ def open_run(config: TrainingConfig) -> None:
     write_text(config.out / CONFIG_FILE, to_toml(config))
 
 
+def as_begun(config: AnyTraining) -> AnyTraining:
+    """The config; `--batch-size auto` becomes the number that was found when the run in OUT began.
+
+    Raises:
+        UsageError: that number does not go with the other settings.
+    """
+    file = config.out / CONFIG_FILE
+    if config.batch_size != AUTO or not file.exists():
+        return config
+    return with_batch_size(config, read_toml(file).get("batch_size", AUTO))
+
+
+def with_batch_size(config: AnyTraining, size: int | Literal["auto"]) -> AnyTraining:
+    """A config with another batch size, checked like any other.
+
+    Raises:
+        UsageError: it does not go with the other settings.
+    """
+    try:
+        return config.model_validate(config.model_dump() | {"batch_size": size})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--batch-size auto stands for {size} here: {reason}") from error
+
+
 def require_same_run(config: TrainingConfig) -> None:
     """Raise UsageError, naming the first setting that differs, if OUT holds another run."""
     file = config.out / CONFIG_FILE
     if file.exists():
         free = set(config.FREE_TO_CHANGE) - ({"steps"} if config.steps_shape_the_run else set())
-        difference = first_difference(config, read_toml(file), ignore=free)
+        stored = read_toml(file)
+        if stored.get("batch_size") == AUTO:  # stopped before it was known, so before any step
+            free |= {"batch_size"}
+        difference = first_difference(config, stored, ignore=free)
         if difference:
             name, ours, theirs = difference
             raise UsageError(

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldmkit.errors import UsageError
 from ldmkit.tensors import Noise
 
 CPU_GROUP = 2
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def pick_device(name: str) -> torch.device:
@@ -31,6 +33,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def on_device(module: Module, device: torch.device) -> Module:
+    """A module on a device; one that is there already is left alone, as fake tensors must be."""
+    tensors = (*module.parameters(), *module.buffers())
+    return module if all(tensor.device == device for tensor in tensors) else module.to(device)
+
+
 def autocast_for(
     device: torch.device, precision: str
 ) -> Callable[[], AbstractContextManager[object]]:
@@ -38,9 +46,14 @@ def autocast_for(
 
     `auto` takes bfloat16 where the hardware multiplies it faster than float32.
     """
-    if precision == "bf16" or (precision == "auto" and _fast_bfloat16(device)):
+    if in_bfloat16(device, precision):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
+
+
+def in_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether `--precision` means bfloat16 on this device."""
+    return precision == "bf16" or (precision == "auto" and _fast_bfloat16(device))
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

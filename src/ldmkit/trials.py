@@ -1,0 +1,87 @@
+"""The largest step that a run may meet, taken for the sake of its memory alone; for both stages."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ldmkit.assembly import build_autoencoder, build_diffusion, diffusion_config
+from ldmkit.autoencoder import training_step as first_stage
+from ldmkit.autoencoder.adversarial_phase import Phase
+from ldmkit.autoencoder.perceptual import build_perceptual
+from ldmkit.autoencoder.training_step import Learners
+from ldmkit.conditioning.kinds import readers_of, values_of
+from ldmkit.configs import TrainAEConfig, TrainDiffusionConfig
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.data.order import generator_for
+from ldmkit.diffusion_step import draw_batch, learner_of, take_step
+from ldmkit.training.batch_size import batch_sizes, largest_batch
+from ldmkit.training.run import with_batch_size
+from ldmkit.training.runtime import noise_from, pick_device
+
+AnyStage = TypeVar("AnyStage", TrainAEConfig, TrainDiffusionConfig)
+STEPS = 2
+"""Steps of a trial: the second one has the optimizers' moments in memory from its beginning."""
+
+
+def with_largest_batch(
+    config: AnyStage, trial: Callable[[AnyStage], object], samples: int
+) -> AnyStage:
+    """A config whose batch size is the largest that a trial finds room for.
+
+    Args:
+        config: with batch size `auto`.
+        trial: of its stage.
+        samples: to train on; of the commonest shape, where there are several.
+
+    Raises:
+        UsageError: memory cannot be measured here.
+        OutOfMemoryError: not even the smallest batch has room.
+    """
+    sizes = batch_sizes(config.accumulate, smallest_part(config), samples)
+    return with_batch_size(config, largest_batch(trial, config, sizes, pick_device(config.device)))
+
+
+def smallest_part(config: TrainAEConfig | TrainDiffusionConfig) -> int:
+    """How many samples have to go through the networks at once."""
+    return config.smallest_part if isinstance(config, TrainAEConfig) else 1
+
+
+def diffusion_trial(latents_at: Path, config: TrainDiffusionConfig) -> None:
+    """Train the second stage for a moment, on its largest latents."""
+    latents = LatentSet(latents_at)
+    settled = diffusion_config(config, latents)
+    readers = readers_of(settled.conditions, config.options_of, latents)
+    model = build_diffusion(settled).to(pick_device(config.device))
+    learner = learner_of(model, config)
+    largest = max(latents.shapes, key=math.prod)
+    indices = np.resize(latents.shapes[largest], config.samples_per_step)
+    for step in range(STEPS):
+        generator = generator_for(config.seed, step)
+        values = values_of(readers, indices, generator)
+        batch = draw_batch(model, latents.read(indices), values, generator, config)
+        take_step(learner, config, step, indices, batch, config.peak_lr)
+
+
+def autoencoder_trial(config: TrainAEConfig) -> None:
+    """Train the first stage for a moment, on its largest pictures, the discriminator counting."""
+    device = pick_device(config.device)
+    model = build_autoencoder(config.autoencoder, config.preprocessing).to(device)
+    take_full_steps(
+        first_stage.learners_of(model, build_perceptual(config.loss), config), config, device
+    )
+
+
+def take_full_steps(learners: Learners, config: TrainAEConfig, device: torch.device) -> None:
+    """Steps of the first stage in which everything learns that will ever do so."""
+    phase = Phase(True, config.disc.weight > 0, config.disc.weight)
+    side = max(config.multi_resolution, default=config.preprocessing.size)
+    for step in range(0, STEPS * config.disc.r1_every, config.disc.r1_every):  # each with penalty
+        generator = generator_for(config.seed, step)
+        shape = (config.samples_per_step, config.preprocessing.channels, side, side)
+        images = torch.rand(shape, generator=generator) * 2.0 - 1.0
+        batch = first_stage.batch_of(images.to(device), None, learners.model, noise_from(generator))
+        first_stage.take_step(learners, config, batch, step, phase)
