@@ -70,14 +70,19 @@ class Part(NamedTuple):
     noise: Noise
 
 
-def learner_of(model: LatentDiffusion, config: TrainDiffusionConfig) -> Learner:
-    """A model with its averages and optimizers, ready to train where its weights are."""
-    device = model.latent_mean.device
-    average = averaged_copy(model)  # before what follows, which is for training alone
+def prepare(model: LatentDiffusion, config: TrainDiffusionConfig) -> None:
+    """Let a model compute its activations again and be compiled, as the config asks."""
     if config.checkpointing:
         recompute(part for part in model.unet.modules() if isinstance(part, Stage))
     if config.compile:
         model.unet.compile()
+
+
+def learner_of(model: LatentDiffusion, config: TrainDiffusionConfig) -> Learner:
+    """A model with its averages and optimizers, ready to train where its weights are."""
+    device = model.latent_mean.device
+    average = averaged_copy(model)  # before what follows, which is for training alone
+    prepare(model, config)
     uncertainty, optimizers = None, build_optimizers(model, config)
     if config.objective.weighting == "uncertainty":
         uncertainty = on_device(Uncertainty(generator_for(config.seed, UNCERTAINTY)), device)

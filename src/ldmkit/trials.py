@@ -1,4 +1,7 @@
-"""The largest step that a run may meet, taken for the sake of its memory alone; for both stages."""
+"""The largest step that a run may meet, taken for the sake of its memory alone; for both stages.
+
+Trials take it for real, and are measured. Plans take it with tensors that have no memory, and add up.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,12 +18,24 @@ from ldmkit.autoencoder.perceptual import build_perceptual
 from ldmkit.autoencoder.training_step import Learners
 from ldmkit.conditioning.kinds import readers_of, values_of
 from ldmkit.configs import TrainAEConfig, TrainDiffusionConfig
-from ldmkit.data.latent_set import LatentSet
+from ldmkit.data.latent_set import LatentBatch, LatentSet
 from ldmkit.data.order import generator_for
-from ldmkit.diffusion_step import draw_batch, learner_of, take_step
+from ldmkit.diffusion_step import (
+    Learner,
+    add_gradients,
+    divided,
+    draw_batch,
+    learner_of,
+    prepare,
+    take_step,
+)
 from ldmkit.training.batch_size import batch_sizes, largest_batch
+from ldmkit.training.guard import NonFiniteGuard
+from ldmkit.training.memory import peak_bytes, pretended
+from ldmkit.training.optimizers import moment_bytes
 from ldmkit.training.run import with_batch_size
-from ldmkit.training.runtime import noise_from, pick_device
+from ldmkit.training.runtime import autocast_for, in_bfloat16, noise_from, pick_device
+from ldmkit.training.snapshots import WIDTHS
 
 AnyStage = TypeVar("AnyStage", TrainAEConfig, TrainDiffusionConfig)
 STEPS = 2
@@ -85,3 +100,61 @@ def take_full_steps(learners: Learners, config: TrainAEConfig, device: torch.dev
         images = torch.rand(shape, generator=generator) * 2.0 - 1.0
         batch = first_stage.batch_of(images.to(device), None, learners.model, noise_from(generator))
         first_stage.take_step(learners, config, batch, step, phase)
+
+
+def planned_diffusion(
+    config: TrainDiffusionConfig, latents: LatentSet, device: torch.device
+) -> int:
+    """Bytes of the tensors that the second stage holds at most, on its largest latents."""
+    config = _plain(config, device)
+    with torch.device("meta"):
+        model = build_diffusion(diffusion_config(config, latents))
+    shape = (config.samples_per_step, *max(latents.shapes, key=math.prod))
+    config = config.model_copy(update={"compile": False})
+    averages = 1 + (len(WIDTHS) if config.average.snapshots else 0)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+
+    def step() -> None:
+        prepare(pretended(model), config)
+        learner = Learner(
+            model=model,
+            average=model,  # the step does not touch it; it is counted apart
+            tracked={},
+            uncertainty=None,  # a hundred numbers
+            guard=NonFiniteGuard(),
+            optimizers={},
+            autocast=autocast_for(torch.device("cpu"), config.precision),
+        )
+        mean, label = torch.empty(shape), torch.empty(shape[0], dtype=torch.int64)
+        read = LatentBatch(mean, torch.empty(shape), label)
+        batch = draw_batch(model, read, generator_for(config.seed), config)
+        add_gradients(learner, divided(batch, config.accumulate), config.objective)
+
+    return averages * weights + moment_bytes(model, config) + peak_bytes(step)
+
+
+def planned_autoencoder(config: TrainAEConfig, device: torch.device) -> int:
+    """Bytes of the tensors that the first stage holds at most, the discriminator counting."""
+    config = _plain(config, device)
+    perceptual = build_perceptual(config.loss)
+    with torch.device("meta"):
+        model = build_autoencoder(config.autoencoder, config.preprocessing)
+
+    def steps() -> None:
+        learners = first_stage.learners_of(pretended(model), perceptual, config)
+        # what it does with idle codes depends on numbers, which there are none of
+        take_full_steps(learners._replace(upkeep=None), config, torch.device("cpu"))
+
+    frozen = sum(p.nbytes for p in perceptual.parameters()) if perceptual else 0
+    return frozen + peak_bytes(steps)
+
+
+def _plain(config: AnyStage, device: torch.device) -> AnyStage:
+    """The same step with at most two parts, and with the precision of the device named."""
+    parts = min(config.accumulate, 2)  # further ones hold no more than the second
+    changes = {
+        "batch_size": config.samples_per_step // config.accumulate * parts,
+        "accumulate": parts,
+        "precision": "bf16" if in_bfloat16(device, config.precision) else "fp32",
+    }
+    return config.model_copy(update=changes)

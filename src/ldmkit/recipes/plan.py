@@ -1,7 +1,7 @@
 """`--dry-run`: what a command would need, without doing it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ldmkit.autoencoder.discriminator import PatchDiscriminator
 from ldmkit.conditioning.kinds import readers_of, values_of
 from ldmkit.configs import STREAM, TrainAEConfig, TrainDiffusionConfig
 from ldmkit.data.images import read_images, split
+from ldmkit.data.latent_batches import training_buckets
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.latents import STORED_DTYPES
 from ldmkit.data.order import generator_for
@@ -20,12 +21,19 @@ from ldmkit.data.sources import open_source
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import UsageError
 from ldmkit.fields import Config
+from ldmkit.training.batch_size import Peak, batch_sizes, largest_within, line_through
 from ldmkit.training.checkpoint import KEEP
+from ldmkit.training.memory import free_memory, resident
+from ldmkit.training.optimizers import moment_bytes
+from ldmkit.training.run import AUTO, AnyTraining, as_begun, with_batch_size
+from ldmkit.training.runtime import pick_device
 from ldmkit.training.snapshots import FORMATS, WIDTHS
+from ldmkit.trials import planned_autoencoder, planned_diffusion
 
 FLOAT_BYTES = 4
 BACKWARD = 3  # training costs a forward pass and two for the gradients
-TRAINED_COPIES = 4  # weight, gradient, two Adam moments
+KERNELS = 120_000_000
+"""Bytes that torch's kernels for the CPU take beside tensors: code made at run time, and its buffers."""
 
 
 def plan(config: Config) -> str:
@@ -41,7 +49,14 @@ def plan_train_ae(config: TrainAEConfig) -> list[str]:
     with torch.device("meta"):
         model = build_autoencoder(config.autoencoder, config.preprocessing)
         discriminator = PatchDiscriminator(config.preprocessing.channels, config.disc)
-    config, memory = _with_memory(config, first_stage_memory, device, len(training))
+    sizes = (
+        batch_sizes(config.accumulate, config.smallest_part, len(training))
+        if config.batch_size == AUTO
+        else []
+    )
+    config, memory = planned_memory(
+        config, sizes, device, lambda config: planned_autoencoder(config, device)
+    )
     images = read_images(training[: config.samples_per_step], config.preprocessing)
     counted = 1.0 - float(images.isnan().float().mean())
     ends = float((images.abs() == 1.0).float().mean()) / counted
@@ -95,7 +110,10 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
     latents = LatentSet(config.latents)
     largest = max(latents.shapes, key=math.prod)
     samples = max(map(len, training_buckets(latents, config.holdout)))
-    config, memory = _with_memory(config, second_stage_memory, device, samples)
+    sizes = batch_sizes(config.accumulate, 1, samples) if config.batch_size == AUTO else []
+    config, memory = planned_memory(
+        config, sizes, device, lambda config: planned_diffusion(config, latents, device)
+    )
     settled = diffusion_config(config, latents)
     readers = readers_of(settled.conditions, config.options_of, latents)
     first = values_of(readers, latents.shapes[largest][:1], generator_for(config.seed))
@@ -106,7 +124,7 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
         work = operations(lambda: model.denoise(x, torch.empty(1), model.condition(one)))
     trained = parameters(model)
     tracked = len(WIDTHS) if config.average.snapshots else 0
-    moments = sum(moment_bytes(model, config).values())
+    moments = moment_bytes(model, config)
     checkpoint = trained * FLOAT_BYTES * (2 + tracked) + moments  # weights and averages
     disk = checkpoint * (KEEP + 1) + trained * FLOAT_BYTES
     if tracked:
@@ -122,6 +140,39 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
         f"disk: about {size(disk)} in {config.out}",
         f"steps: {config.steps:,}, {config.steps * config.samples_per_step / len(latents):.1f} times through the data",
     ]
+
+
+def planned_memory(
+    config: AnyTraining,
+    sizes: Sequence[int],
+    device: torch.device,
+    held: Callable[[AnyTraining], int],
+) -> tuple[AnyTraining, list[str]]:
+    """The config with a number as batch size, and a line on what its step takes.
+
+    Args:
+        config: whose batch size may be `auto`; then the largest that the estimate lets in is assumed.
+        sizes: what `auto` chooses from.
+        device: where it would be computed.
+        held: bytes of the tensors that a step holds.
+    """
+    own = resident() + KERNELS if device.type == "cpu" else 0
+    said = []
+    if config.batch_size == AUTO:
+        free = free_memory(device)
+        first, last = (
+            Peak(size, held(with_batch_size(config, size))) for size in (sizes[0], sizes[-1])
+        )
+        line = line_through(first, last)
+        size_ = largest_within(line, sizes, free.usable(device) - own) or sizes[0]
+        config = with_batch_size(config, size_)
+        said.append(
+            f"batch size: auto is found by measuring when training starts; {size_} is assumed here, by "
+            f"the estimate and the {size(free.amount)} that are free now ({free.told_by})"
+        )
+    tensors = held(config)
+    of_torch = f", {size(own)} of it for Python and torch" if own else ""
+    return config, [*said, f"memory: about {size(own + tensors)}{of_torch}"]
 
 
 def operations(forward: Callable[[], Tensor]) -> int:

@@ -9,7 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ldmkit.errors import UsageError
 
 KIBI = 1024
+Module = TypeVar("Module", bound=nn.Module)
 SPARE = {"cpu": 0.2, "cuda": 0.1}
 """Share of the free memory that is left alone, by kind of device: for what a trial does not see
 (previews, measurements on held-back samples, other programs)."""
@@ -169,7 +170,7 @@ class HeldBytes(TorchDispatchMode):
         self.now -= count
 
 
-def pretended(module: nn.Module) -> nn.Module:
+def pretended(module: Module) -> Module:
     """A module on the meta device with fake tensors of the CPU instead; call it among them."""
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):

@@ -76,6 +76,26 @@ def _trained(module: nn.Module) -> list[Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def moment_bytes(module: nn.Module, config: TrainDiffusionConfig) -> int:
+    """Bytes of what the optimizers remember of each weight after the first step.
+
+    AdamW keeps two numbers for each, Muon one, Adafactor one for each row and column of a matrix.
+    """
+    linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
+    total = 0
+    for weight in _trained(module):
+        if config.optimizer == "adafactor" and weight.ndim > 1:
+            kept = weight.numel() // weight.shape[-1] + weight.numel() // weight.shape[-2]
+        elif config.optimizer == "adafactor" or (
+            config.optimizer == "muon" and id(weight) in linear
+        ):
+            kept = weight.numel()
+        else:
+            kept = 2 * weight.numel()
+        total += kept * weight.element_size()
+    return total
+
+
 def parameters_of(optimizers: Iterable[Optimizer]) -> list[Parameter]:
     """Every weight that these optimizers move."""
     return [p for one in optimizers for group in one.param_groups for p in group["params"]]
