@@ -1,18 +1,22 @@
 """Every preset of the second stage: its size as published, and a step of training at an eighth of it."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import ldmkit
 from ldmkit.configs import PresetsConfig, TrainDiffusionConfig
-from ldmkit.diffusion_configs import UNetConfig
+from ldmkit.data.latent_set import LatentBatch
+from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.diffusion_presets import DIFFUSION_MODELS
+from ldmkit.diffusion_step import draw_batch, take_step
+from ldmkit.facts import Manifest, Whitening
 from ldmkit.named_settings import PRESETS
 from ldmkit.networks.blocks import Norm, SpatialAttention
-from ldmkit.networks.unet import UNet
 from ldmkit.options import resolve
 from ldmkit.recipes.plan import operations
+from ldmkit.recipes.train_diffusion import build_learner
 
 DIFFUSION = PRESETS["train-diffusion"]
 OWN = {"tiny", "s", "b", "l"}
@@ -103,39 +107,52 @@ def test_training_is_the_published_one(name):
     assert schedule.timesteps == 1000
 
 
-@pytest.mark.parametrize("name", DIFFUSION)
-def test_each_preset_trains_a_step_at_an_eighth_of_its_width(name):
-    config, use = config_of(name).unet, DIFFUSION[name].use
-    assert use is not None
+def narrowed(name) -> TrainDiffusionConfig:
+    """A preset with an eighth of its channels, as `train-diffusion` gets it."""
+    config = config_of(name)
+    unet = config.unet
     narrow = {
-        "channels": config.channels // 8,
-        "head_channels": config.head_channels and config.head_channels // 8,
-        "context_channels": config.context_channels // 8,
+        "channels": unet.channels // 8,
+        "head_channels": unet.head_channels and unet.head_channels // 8,
+        "context_channels": unet.context_channels // 8,
         "norm_groups": 4,
-        "heads": config.heads and config.heads // 2,
+        "heads": unet.heads and unet.heads // 2,
     }
-    torch.manual_seed(0)
-    model = UNet(
-        UNetConfig.model_validate(config.model_dump() | narrow),
-        in_channels=use.latents[0] + use.concatenated,
-        out_channels=use.latents[0],
-        use_tokens=bool(use.tokens),
+    changes = {"unet": unet.model_dump() | narrow, "batch_size": 2, "precision": "fp32"}
+    return TrainDiffusionConfig.model_validate(config.model_dump() | changes)
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_each_preset_trains_a_step_as_the_command_does(name):
+    config, use = narrowed(name), DIFFUSION[name].use
+    assert use is not None
+    z, side = use.latents[0], 2 ** (len(config.unet.multipliers) - 1)
+    classes = 0 if config.condition == "none" else 3
+    chosen = config.model_dump(include={"unet", "schedule", "parameterization"})
+    model_config = DiffusionConfig.model_validate(
+        chosen | {"latent_channels": z, "classes": classes}
     )
-    side = 2 ** (len(config.multipliers) - 1)
-    x = torch.randn(2, use.latents[0], side, side)
-    tokens = torch.randn(2, 2, model.config.context_channels) if use.tokens else None
-    channels = torch.randn(2, use.concatenated, side, side) if use.concatenated else None
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    whitening = Whitening(mean=(0.5,) * z, std=(2.0,) * z)
+    learner = build_learner(
+        config, model_config, Manifest.model_construct(whitening=whitening), torch.device("cpu")
+    )
+    before = [weight.clone() for weight in learner.model.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    mean = 0.5 + 2.0 * torch.randn(2, z, side, side, generator=generator)
+    read = LatentBatch(mean, torch.full_like(mean, 0.1), torch.arange(2))
     losses = []
-    for _ in range(2):
-        found = model(x, torch.tensor([3.0, 700.0]), None, tokens, channels)
-        loss = (found - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(x.square().mean().item(), rel=1e-5)  # it starts silent
-    assert losses[1] < losses[0]
+    for step in range(2):  # the same samples, noise and noise levels twice
+        batch = draw_batch(learner.model, read, torch.Generator().manual_seed(1), config)
+        added = take_step(learner, config, step, np.arange(2), batch, rate=1e-2)
+        assert float(added["loss"].number) == 1.0  # the update was made
+        losses.append(float(added["loss"].total))
+    assert losses[1] < losses[0] < 4.0
+    moved = [
+        not torch.equal(*pair) for pair in zip(before, learner.model.parameters(), strict=True)
+    ]
+    assert sum(moved) > 0.8 * len(moved)  # layers behind a silent output stay until it speaks
+    averaged = zip(before, learner.average.parameters(), strict=True)
+    assert any(not torch.equal(*pair) for pair in averaged)
 
 
 def test_operations_are_those_of_the_formulas():

@@ -136,6 +136,10 @@ def planned_diffusion(
 def planned_autoencoder(config: TrainAEConfig, device: torch.device) -> int:
     """Bytes of the tensors that the first stage holds at most, the discriminator counting."""
     config = _plain(config, device)
+    averages = (
+        1 if config.ema_decay else 0
+    )  # counted apart: fake tensors cannot be copied with care
+    config = config.model_copy(update={"ema_decay": 0.0})
     perceptual = build_perceptual(config.loss)
     with torch.device("meta"):
         model = build_autoencoder(config.autoencoder, config.preprocessing)
@@ -145,8 +149,9 @@ def planned_autoencoder(config: TrainAEConfig, device: torch.device) -> int:
         # what it does with idle codes depends on numbers, which there are none of
         take_full_steps(learners._replace(upkeep=None), config, torch.device("cpu"))
 
-    frozen = sum(p.nbytes for p in perceptual.parameters()) if perceptual else 0
-    return frozen + peak_bytes(steps)
+    beside = sum(p.nbytes for p in perceptual.parameters()) if perceptual else 0
+    beside += averages * sum(parameter.nbytes for parameter in model.parameters())
+    return beside + peak_bytes(steps)
 
 
 def _plain(config: AnyStage, device: torch.device) -> AnyStage:
