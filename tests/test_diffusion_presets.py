@@ -122,16 +122,50 @@ def narrowed(name) -> TrainDiffusionConfig:
     return TrainDiffusionConfig.model_validate(config.model_dump() | changes)
 
 
+def told(kind, z, side) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """A condition of that kind, small, and what two samples of `side` latents are told."""
+    ids = torch.arange(14).view(2, 7)
+    small = {"depth": 1, "heads": 1, "head_width": 8}
+    kinds = {
+        "none": ([], None),
+        "class": ({"names": ("a", "b", "c")}, torch.tensor([[0], [1]])),
+        "text": ({**small, "length": 7, "merges": ()}, ids),
+        "embedded-text": (
+            {
+                "encoder": "",
+                "output": "last",
+                "pad_with_end": True,
+                "fingerprint": "",
+                "count": 7,
+                "width": 5,
+            },
+            torch.rand(2, 7, 5),
+        ),
+        "layout": ({**small, "objects": 1, "vocabulary": 40, "names": ("a",)}, ids[:, :5]),
+        "labelmap": (
+            {"classes": 3, "stages": 2, "mapped": 3},
+            torch.arange(3).expand(2, 4 * side, 3).repeat_interleave(4 * side, 2)[..., : 4 * side],
+        ),
+        "lowres": ({"image_channels": 3, "ratio": 4, "factor": 4}, torch.rand(2, 4, side, side)),
+        "mask": ({"latent_channels": z, "convention": "ldm"}, torch.rand(2, z + 1, side, side)),
+    }
+    settings, values = kinds[kind]
+    return ([{"kind": kind, **settings}], {kind: values}) if values is not None else ([], {})
+
+
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_each_preset_trains_a_step_as_the_command_does(name):
     config, use = narrowed(name), DIFFUSION[name].use
     assert use is not None
     z, side = use.latents[0], 2 ** (len(config.unet.multipliers) - 1)
-    classes = 0 if config.condition == "none" else 3
+    (kind,) = config.condition
+    conditions, values = told("class" if kind == "auto" else kind, z, side)
     chosen = config.model_dump(include={"unet", "schedule", "parameterization"})
     model_config = DiffusionConfig.model_validate(
-        chosen | {"latent_channels": z, "classes": classes}
+        chosen | {"latent_channels": z, "conditions": conditions}
     )
+    assert sum(condition.channels for condition in model_config.conditions) == use.concatenated
+    assert any(condition.attended for condition in model_config.conditions) == bool(use.tokens)
     whitening = Whitening(mean=(0.5,) * z, std=(2.0,) * z)
     learner = build_learner(
         config, model_config, Manifest.model_construct(whitening=whitening), torch.device("cpu")
@@ -139,10 +173,10 @@ def test_each_preset_trains_a_step_as_the_command_does(name):
     before = [weight.clone() for weight in learner.model.parameters()]
     generator = torch.Generator().manual_seed(0)
     mean = 0.5 + 2.0 * torch.randn(2, z, side, side, generator=generator)
-    read = LatentBatch(mean, torch.full_like(mean, 0.1), torch.arange(2))
+    read = LatentBatch(mean, torch.full_like(mean, 0.1))
     losses = []
     for step in range(2):  # the same samples, noise and noise levels twice
-        batch = draw_batch(learner.model, read, torch.Generator().manual_seed(1), config)
+        batch = draw_batch(learner.model, read, values, torch.Generator().manual_seed(1), config)
         added = take_step(learner, config, step, np.arange(2), batch, rate=1e-2)
         assert float(added["loss"].number) == 1.0  # the update was made
         losses.append(float(added["loss"].total))

@@ -43,6 +43,9 @@ FINE, COARSE = [1, 2, 4], [2, 4, 8]
 
 
 L1: Settings = {"loss": "l1"}
+UNGUIDED: Settings = {"condition_dropout": 0.0, "preview_guidance": 1.0}
+"""Published without training for guidance."""
+CAPTIONS: Settings = {"condition": "text", "text": {"depth": 32}}
 
 
 def _schedule(beta_end: float, beta_start: float = 0.0015) -> Settings:
@@ -247,8 +250,7 @@ DIFFUSION_MODELS: dict[str, Preset] = {
         _trained(
             *(64, 2_900_000, 6.4e-5, IMAGENET_8, _schedule(0.0195)),
             condition="class",
-            condition_dropout=0.0,
-            preview_guidance=1.0,
+            **UNGUIDED,
         ),
         _CONFIG.format("cin256", "Tab. 13 and 18: 395M"),
         Use(F8, tokens=LABEL, published=395_000_000, beside=512_000, counted="the class table"),
@@ -259,7 +261,7 @@ DIFFUSION_MODELS: dict[str, Preset] = {
         Use(F4, tokens=LABEL, published=400_000_000, beside=512_512, counted="the class table"),
     ),
     "txt2img-1p4b": Preset(
-        _trained(680, 390_000, 1e-4, TEXT_1P4B, _schedule(0.012, 0.00085)),
+        _trained(*(680, 390_000, 1e-4, TEXT_1P4B, _schedule(0.012, 0.00085)), **CAPTIONS),
         "LDM configs/latent-diffusion/txt2img-1p4B-eval.yaml; paper Tab. 15: 1.45B",
         Use(F8, tokens=TEXT, published=1_450_000_000, beside=581_994_042, counted=_TEXT_MODEL),
     ),
@@ -268,32 +270,60 @@ DIFFUSION_MODELS: dict[str, Preset] = {
             *(28, None, 5.6e-5),
             {**IMAGENET_4, "head_channels": 32, "context_channels": 640},
             _schedule(0.0195),
+            **CAPTIONS,
         ),
         "LDM models/ldm/text2img256/config.yaml; neither steps nor size are published",
         Use(F4, tokens=TEXT),
     ),
     "layout-openimages": Preset(
-        _trained(24, 4_400_000, 4.8e-5, OPENIMAGES, _schedule(0.0205), objective=L1),
+        _trained(
+            *(24, 4_400_000, 4.8e-5, OPENIMAGES, _schedule(0.0205)),
+            objective=L1,
+            condition="layout",
+            layout={"depth": 16},
+            **UNGUIDED,
+        ),
         _CONFIG.format("layout2img-openimages256", "Tab. 15: 306M"),
         Use(F4, tokens=BOXES, published=306_000_000, beside=58_858_496, counted=_BOX_MODEL),
     ),
     "layout-coco": Preset(
-        _trained(48, 170_000, 4.8e-5, COCO, _schedule(0.0205), objective=L1),
+        _trained(
+            *(48, 170_000, 4.8e-5, COCO, _schedule(0.0205)),
+            objective=L1,
+            condition="layout",
+            layout={"depth": 8},
+            **UNGUIDED,
+        ),
         "paper Tab. 15: 345M; schedule and loss as layout-openimages (the paper does not say)",
         Use(F8, tokens=BOXES, published=345_000_000, beside=33_651_712, counted=_BOX_MODEL_8),
     ),
     "semantic-256": Preset(
-        _trained(48, 360_000, 4.8e-5, SEMANTIC, _schedule(0.0205), objective=L1),
+        _trained(
+            *(48, 360_000, 4.8e-5, SEMANTIC, _schedule(0.0205)),
+            objective=L1,
+            condition="labelmap",
+            **UNGUIDED,
+        ),
         _CONFIG.format("semantic_synthesis256", "Tab. 15 (there on f8 latents): 215M"),
         Use(F4, concatenated=3, published=215_000_000, beside=546, counted="the map's projection"),
     ),
     "bsr-sr": Preset(
-        _trained(64, 860_000, 6.4e-5, SUPER_RESOLUTION, _schedule(0.0155)),
+        _trained(
+            *(64, 860_000, 6.4e-5, SUPER_RESOLUTION, _schedule(0.0155)),
+            condition="lowres",
+            **UNGUIDED,
+        ),
         _CONFIG.format("bsr_sr", "Tab. 15: 169M"),
         Use(F4, concatenated=3, published=169_000_000, beside=55_322_782, counted="vq-f4"),
     ),
     "inpainting-big": Preset(
-        _trained(*(128, 360_000, 1e-6, INPAINTING, _schedule(0.0205)), objective=L1, warmup=1_000),
+        _trained(
+            *(128, 360_000, 1e-6, INPAINTING, _schedule(0.0205)),
+            objective=L1,
+            warmup=1_000,
+            condition="mask",
+            **UNGUIDED,
+        ),
         _CONFIG.format(
             "inpainting_big", "Sec. 4.5: 387M; batch, steps and rate of the small one in Tab. 15"
         ),

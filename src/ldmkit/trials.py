@@ -107,9 +107,13 @@ def planned_diffusion(
 ) -> int:
     """Bytes of the tensors that the second stage holds at most, on its largest latents."""
     config = _plain(config, device)
+    settled = diffusion_config(config, latents)
     with torch.device("meta"):
-        model = build_diffusion(diffusion_config(config, latents))
-    shape = (config.samples_per_step, *max(latents.shapes, key=math.prod))
+        model = build_diffusion(settled)
+    largest = max(latents.shapes, key=math.prod)
+    shape = (config.samples_per_step, *largest)
+    readers = readers_of(settled.conditions, config.options_of, latents)
+    first = values_of(readers, latents.shapes[largest][:1], generator_for(config.seed))
     config = config.model_copy(update={"compile": False})
     averages = 1 + (len(WIDTHS) if config.average.snapshots else 0)
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -125,9 +129,12 @@ def planned_diffusion(
             optimizers={},
             autocast=autocast_for(torch.device("cpu"), config.precision),
         )
-        mean, label = torch.empty(shape), torch.empty(shape[0], dtype=torch.int64)
-        read = LatentBatch(mean, torch.empty(shape), label)
-        batch = draw_batch(model, read, generator_for(config.seed), config)
+        read = LatentBatch(torch.empty(shape), torch.empty(shape))
+        values = {
+            kind: torch.zeros((shape[0], *value.shape[1:]), dtype=value.dtype)
+            for kind, value in first.items()
+        }
+        batch = draw_batch(model, read, values, generator_for(config.seed), config)
         add_gradients(learner, divided(batch, config.accumulate), config.objective)
 
     return averages * weights + moment_bytes(model, config) + peak_bytes(step)
