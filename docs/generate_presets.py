@@ -35,10 +35,10 @@ data say both. Where a count is published, a test holds ours to it within 0.5 %,
 counts beside the U-Net. Schedule, learning rate, batch and steps are the published ones; where the paper
 and the code disagree, the network is the code's and the training the paper's, and the source says so.
 
-A preset names what the U-Net attends to and what comes beside the latents; text, boxes, label maps,
-low-resolution pictures and masks are conditions that `train-diffusion` cannot give yet, so that these
-presets train on latents alone or with class labels. The L1 loss with which churches, layouts, semantic maps
-and inpainting were published is not part of the presets.
+A preset names what the U-Net attends to and what comes beside the latents, and asks for that condition
+(docs/conditions.md), with the published text and box transformers. Where a model was published without training
+for guidance (layouts, semantic maps, super-resolution, inpainting, ImageNet on f8 latents) no condition is
+dropped.
 
 | preset | U-Net | latents | beside | attends to | published | of it elsewhere | source |
 |---|---:|---|---:|---|---:|---|---|"""
