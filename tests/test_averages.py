@@ -12,7 +12,7 @@ from torch import nn
 
 import ldmkit
 from conftest import diffusion_config
-from ldmkit import terminal
+from ldmkit import diffusion_step, terminal
 from ldmkit.assembly import diffusion_facts
 from ldmkit.configs import EMAConfig, InspectConfig
 from ldmkit.container import read_header
@@ -20,7 +20,6 @@ from ldmkit.diffusion_configs import AverageConfig, DiffusionConfig, ScheduleCon
 from ldmkit.errors import DataError, InterruptedRun, NonFiniteError, UsageError
 from ldmkit.facts import DiffusionFacts, Whitening
 from ldmkit.modelfile import load
-from ldmkit.recipes import train_diffusion as recipe
 from ldmkit.training.averages import (
     ROUNDING,
     Profile,
@@ -343,7 +342,7 @@ def test_interrupted_equals_uninterrupted_snapshots_included(trained, step, tmp_
     whole, model = trained
     config = whole.model_copy(update={"out": tmp_path / "run"})
     calls = [0]
-    original = recipe.update_tracked
+    original = diffusion_step.update_tracked
 
     def update_and_stop(*arguments):
         original(*arguments)
@@ -352,7 +351,7 @@ def test_interrupted_equals_uninterrupted_snapshots_included(trained, step, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "update_tracked", update_and_stop)
+        patch.setattr(diffusion_step, "update_tracked", update_and_stop)
         with pytest.raises(InterruptedRun, match=f"saved before step {step}"):
             ldmkit.train_diffusion(config)
     assert max(snapshot_steps(config.out), default=0) <= step

@@ -6,17 +6,17 @@ import torch
 from torch import nn
 
 import ldmkit
+from ldmkit.assembly import build_diffusion
 from ldmkit.configs import PresetsConfig, TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentBatch
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.diffusion_presets import DIFFUSION_MODELS
-from ldmkit.diffusion_step import draw_batch, take_step
-from ldmkit.facts import Manifest, Whitening
+from ldmkit.diffusion_step import draw_batch, learner_of, take_step
+from ldmkit.facts import Whitening
 from ldmkit.named_settings import PRESETS
 from ldmkit.networks.blocks import Norm, SpatialAttention
 from ldmkit.options import resolve
 from ldmkit.recipes.plan import operations
-from ldmkit.recipes.train_diffusion import build_learner
 
 DIFFUSION = PRESETS["train-diffusion"]
 OWN = {"tiny", "s", "b", "l"}
@@ -167,9 +167,10 @@ def test_each_preset_trains_a_step_as_the_command_does(name):
     assert sum(condition.channels for condition in model_config.conditions) == use.concatenated
     assert any(condition.attended for condition in model_config.conditions) == bool(use.tokens)
     whitening = Whitening(mean=(0.5,) * z, std=(2.0,) * z)
-    learner = build_learner(
-        config, model_config, Manifest.model_construct(whitening=whitening), torch.device("cpu")
-    )
+    torch.manual_seed(0)
+    model = build_diffusion(model_config)
+    model.set_whitening(whitening)
+    learner = learner_of(model, config)
     before = [weight.clone() for weight in learner.model.parameters()]
     generator = torch.Generator().manual_seed(0)
     mean = 0.5 + 2.0 * torch.randn(2, z, side, side, generator=generator)

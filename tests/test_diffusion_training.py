@@ -24,7 +24,7 @@ from ldmkit.diffusion.parameterization import PARAMETERIZATIONS
 from ldmkit.diffusion.schedule import DiscreteSchedule, scaled_linear
 from ldmkit.diffusion.validation import compared_losses, linear_denoise
 from ldmkit.diffusion_configs import NoiseDrawConfig, ObjectiveConfig, ScheduleConfig
-from ldmkit.diffusion_step import losses_by_bin, noise_of_parts
+from ldmkit.diffusion_step import add_gradients, learner_of, losses_by_bin, noise_of_parts
 from ldmkit.errors import DataError, InterruptedRun, NonFiniteError, UsageError
 from ldmkit.modelfile import load
 from ldmkit.recipes import train_diffusion as recipe
@@ -292,7 +292,7 @@ def test_recomputing_keeps_less(latents, tmp_path):
         config = settings(tmp_path, latents, checkpointing=wanted)
         data = LatentSet(latents)
         model_config = recipe.diffusion_config(config, data)
-        learner = recipe.build_learner(config, model_config, data.manifest, torch.device("cpu"))
+        learner = learner_of(recipe.fresh_model(config, model_config, data), config)
         batch = recipe.draw_batch(
             *(learner.model, data.read(range(4)), {"class": torch.tensor([[0], [1], [0], [1]])}),
             *(torch.Generator().manual_seed(0), config),
@@ -304,7 +304,7 @@ def test_recomputing_keeps_less(latents, tmp_path):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            recipe.add_gradients(learner, [batch], config.objective)
+            add_gradients(learner, [batch], config.objective)
     assert kept[1] < kept[0]
 
 
@@ -330,7 +330,7 @@ def test_a_latent_that_is_no_number_costs_its_step_and_nothing_else(name, tmp_pa
     step = 2
     config = settings(tmp_path / "run", tmp_path / "spoilt", optimizer=name, save_every=1)
     bad = recipe.samples_of_step(
-        step, [np.arange(COUNT)], batch_size=config.batch_size, seed=config.seed
+        step, [np.arange(COUNT)], batch_size=config.samples_per_step, seed=config.seed
     )[0]
     spoilt(tmp_path, [bad])
     ldmkit.train_diffusion(config.model_copy(update={"steps": step + 1}))
@@ -361,8 +361,8 @@ def test_ten_in_a_row_end_the_run_with_the_weights_of_before(tmp_path):
     assert error.value.exit_code == 5
     [state] = states(tmp_path / "run")
     data_set = LatentSet(data)
-    fresh = recipe.build_learner(
-        config, recipe.diffusion_config(config, data_set), data_set.manifest, torch.device("cpu")
+    fresh = learner_of(
+        recipe.fresh_model(config, recipe.diffusion_config(config, data_set), data_set), config
     )
     for name, value in fresh.model.state_dict().items():
         assert torch.equal(state[f"model.{name}"], value), name

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldmkit.conditioning.condition import dropped
+from ldmkit.conditioning.condition import replaced
 from ldmkit.conditioning.labelmap import LabelMapConditioner, class_shares, parse_labelmap
 from ldmkit.conditioning.lowres import LowResConditioner, augmented, parse_lowres
 from ldmkit.conditioning.mask import (
@@ -60,12 +60,12 @@ def test_dropped_rows_are_the_null(name):
     assert nothing.shape == values.shape
     assert nothing.dtype == values.dtype
     drop = torch.tensor([True, False, True, False])
-    mixed = model(torch.where(drop.view(-1, *[1] * (values.ndim - 1)), nothing, values))
-    expected = dropped(model(values), model(nothing), drop)
-    for one, other in zip(mixed, expected, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None and other is not None:
-            assert torch.allclose(one, other, atol=1e-6)
+    mixed, told, silent = model(replaced(values, nothing, drop)), model(values), model(nothing)
+    for one, if_told, if_not in zip(mixed, told, silent, strict=True):
+        assert (one is None) == (if_told is None) == (if_not is None)
+        if one is not None:
+            assert torch.allclose(one[drop], if_not[drop], atol=1e-6)
+            assert torch.allclose(one[~drop], if_told[~drop], atol=1e-6)
     assert mixed.channels.shape == (4, model.channels, 4, 6)
     # it says nothing: the same for every row, and other than any row that says something
     null = model(nothing).channels

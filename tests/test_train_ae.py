@@ -249,7 +249,7 @@ def test_accumulate_must_divide_the_batch(parts, per_part):
     config = ae_config(
         Path("data"), Path("out"), batch_size=parts * per_part, accumulate=parts, disc=ALONE
     )
-    assert config.batch_size // config.accumulate == per_part
+    assert config.samples_per_step // config.accumulate == per_part
     if parts > 1:
         with pytest.raises(ValueError, match="does not divide"):
             ae_config(

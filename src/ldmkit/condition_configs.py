@@ -11,7 +11,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ldmkit.fields import Config, Count, Finite, Fraction, Positive, field, listed
 
-ConditionKind = Literal["class", "text", "layout", "labelmap", "lowres", "mask", "scalars", "image"]
+ConditionKind = Literal[
+    "class", "text", "embedded-text", "layout", "labelmap", "lowres", "mask", "scalars", "image"
+]
 
 
 class Told(Config):
@@ -96,6 +98,29 @@ class TextOptions(TextSettings, Told):
     without: Literal["refuse", "null"] = field(
         "refuse", "Pictures without a caption: refuse, or train on them as told nothing"
     )
+
+
+class EmbeddedTextCondition(Config):
+    """A caption for each picture, embedded beforehand by a frozen tower of open_clip."""
+
+    kind: Literal["embedded-text"] = "embedded-text"
+    encoder: str
+    """open_clip's name of the architecture."""
+    output: Literal["last", "penultimate", "pooled"]
+    pad_with_end: bool
+    fingerprint: str
+    """Of the tower's weights."""
+    count: Positive
+    """Tokens of a caption."""
+    width: Positive
+    """Of a token."""
+
+    attended: ClassVar[bool] = True
+    channels: ClassVar[int] = 0
+
+
+class EmbeddedTextOptions(Told):
+    """Training options of the embedded text condition."""
 
 
 class LayoutSettings(EncoderSettings):
@@ -255,6 +280,7 @@ class ImageOptions(ImageSettings, Told):
 ConditionConfig = Annotated[
     ClassCondition
     | TextCondition
+    | EmbeddedTextCondition
     | LayoutCondition
     | LabelMapCondition
     | LowResCondition
@@ -273,7 +299,7 @@ class ConditioningConfig(Config):
         tuple[Literal["auto", "none", ConditionKind], ...], BeforeValidator(listed)
     ] = field(
         ("auto",),
-        "What the model is told: class, text, layout (boxes), labelmap, lowres (super-resolution), mask"
+        "What the model is told: class, text, embedded-text, layout (boxes), labelmap, lowres (super-resolution), mask"
         " (inpainting), scalars, image (variations); repeat for several; auto = class where the latents"
         " have labels, else none",
     )
@@ -282,6 +308,7 @@ class ConditioningConfig(Config):
     )
     classes: ClassOptions = ClassOptions()
     text: TextOptions = TextOptions()
+    embedded_text: EmbeddedTextOptions = EmbeddedTextOptions()
     layout: LayoutOptions = LayoutOptions()
     labelmap: LabelMapOptions = LabelMapOptions()
     lowres: LowResOptions = LowResOptions()
@@ -291,7 +318,7 @@ class ConditioningConfig(Config):
 
     def options_of(self, kind: str) -> Told:
         """The options of one kind of condition."""
-        return self.classes if kind == "class" else getattr(self, kind)
+        return self.classes if kind == "class" else getattr(self, kind.replace("-", "_"))
 
     def dropouts(self, kinds: Sequence[str]) -> dict[str, float]:
         """Share of samples that are not told each of these."""

@@ -28,6 +28,9 @@ class SampleConfig(Config):
     prompts: Path | None = field(
         None, "File with a text in each line, for a sample each; - reads standard input"
     )
+    text_weights: Path | None = field(
+        None, "Weights of the text tower, for models that were trained on embedded text"
+    )
     conditions: Path | None = field(
         None,
         "What each sample is told, a line each (*.jsonl, *.csv; - reads JSON lines from standard input):"

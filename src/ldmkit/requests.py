@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmkit.condition_configs import ConditioningConfig
+from ldmkit.condition_configs import ConditioningConfig, EmbeddedTextCondition
+from ldmkit.conditioning.frozen_text import embedded
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
 from ldmkit.configs import STREAM
 from ldmkit.data.formats.tables import Row, read_jsonl, read_table
@@ -63,15 +64,14 @@ def asked_of(config: SampleConfig, model: DiffusionConfig, source: BufferedIOBas
     """
     if config.like is not None:
         return _as_the_set(config, model, config.like)
-    requests = _requests(config, model, source)
+    kinds = [condition.kind for condition in model.conditions]
+    requests = [_renamed(one, kinds) for one in _requests(config, model, source)]
     count = config.num or (len(requests) if config.prompts or config.conditions else USUAL)
     turns = [number % len(requests) for number in range(count)]
-    kinds = [condition.kind for condition in model.conditions]
     for request in requests:
         _require_known(request, kinds, str(config.model))
     rows = {
-        condition.kind: torch.stack([_row(condition, request) for request in requests])
-        for condition in model.conditions
+        condition.kind: _rows_of_kind(condition, requests, config) for condition in model.conditions
     }
     said = [
         {
@@ -174,6 +174,17 @@ def _named(path: Path) -> str:
     return "standard input" if path == STREAM else str(path)
 
 
+def _renamed(request: Request, kinds: Sequence[str]) -> Request:
+    """Text is text for the user, whichever way the model reads it."""
+    if "text" in request.told and "text" not in kinds and "embedded-text" in kinds:
+        told = {
+            "embedded-text" if kind == "text" else kind: value
+            for kind, value in request.told.items()
+        }
+        return request._replace(told=told)
+    return request
+
+
 def _require_known(request: Request, kinds: Sequence[str], model: str) -> None:
     for name in request.told:
         if name not in kinds:
@@ -184,6 +195,14 @@ def _require_known(request: Request, kinds: Sequence[str], model: str) -> None:
 
 def _listed(kinds: Iterable[str]) -> str:
     return ", ".join(kinds) or "no conditions"
+
+
+def _rows_of_kind(condition: Any, requests: Sequence[Request], config: SampleConfig) -> Tensor:  # noqa: ANN401
+    """The values of all requests."""
+    if isinstance(condition, EmbeddedTextCondition):
+        texts = [str(request.told.get(condition.kind, "")) for request in requests]
+        return embedded(condition, texts, config.text_weights)
+    return torch.stack([_row(condition, request) for request in requests])
 
 
 def _row(condition: Any, request: Request) -> Tensor:  # noqa: ANN401 - any stored condition

@@ -1,48 +1,26 @@
-"""Text, frozen: captions embedded by a tower as they come, or embeddings stored with the latents.
+"""Text, frozen: embeddings of captions by a tower of open_clip, stored with the latents.
 
-The tower is never part of the trained weights: it is no submodule, has no gradients, stays in evaluation
-mode, and a copy of the model for averages shares it.
+The tower is no part of the model; whoever samples names its weights again.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from ldmkit.condition_configs import EmbeddedTextCondition, EmbeddedTextOptions
 from ldmkit.conditioning.condition import Condition
-from ldmkit.conditioning.text_tower import Embeddings, FrozenTower, Ids
-from ldmkit.conditioning.tokenizer import empty_row
+from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.conditioning.text_tower import Embeddings, encode_texts, load_tower
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.errors import DataError, UsageError
 
-
-class FrozenTextConditioner(nn.Module):
-    """Captions as tokens to attend to, embedded by a frozen tower as they come.
-
-    A batch of values is rows of ids as `tokenizer.caption_row` gives them for `tower.tokenizer`.
-
-    Args:
-        tower: not trained, not saved; it follows the module to its device.
-        context_width: of the tokens; where the tower's differs, a learnt projection stands between.
-    """
-
-    def __init__(self, tower: FrozenTower, context_width: int) -> None:
-        super().__init__()
-        self.tower = tower
-        self.empty_ids = tuple(empty_row(tower.tokenizer).tolist())
-        self.projection = _projection(tower.shape.width, context_width)
-
-    def empty(self, values: Ids) -> Ids:
-        """The rows of the empty text, in the shape of `values`."""
-        return torch.tensor(self.empty_ids).to(values).expand_as(values)
-
-    def forward(self, values: Ids) -> Condition:
-        """Tokens `[batch, count, context_width]`."""
-        return Condition(tokens=self.projection(self.tower(values)))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ANN401 - as torch declares it
-        self.tower.network._apply(fn, recurse)  # so that `.to(device)` reaches the tower too
-        return super()._apply(fn, recurse)
+BATCH = 32
+"""Texts through a tower at once."""
 
 
 class StoredTextConditioner(nn.Module):
@@ -104,3 +82,75 @@ def embedding_row(
 
 def _projection(width: int, context_width: int) -> nn.Module:
     return nn.Identity() if width == context_width else nn.Linear(width, context_width)
+
+
+def embedded(
+    config: EmbeddedTextCondition, texts: Sequence[str], weights: Path | None
+) -> Embeddings:
+    """The values of some texts, by the tower that the training captions were embedded with.
+
+    Args:
+        config: of the condition.
+        texts: one for each sample.
+        weights: of the tower.
+
+    Raises:
+        UsageError: no weights are named.
+        DataError: they cannot be read, or are those of another tower.
+    """
+    if weights is None:
+        raise UsageError(
+            f"prompts are embedded by the text tower {config.encoder}: give its weights with --text-weights"
+        )
+    tower = load_tower(
+        config.encoder,
+        weights,
+        config.output,
+        option="--text-weights",
+        pad_with_end=config.pad_with_end,
+    )
+    if tower.fingerprint != config.fingerprint:
+        raise DataError(
+            f"{weights} is another text tower ({tower.fingerprint[:12]}) than the model was trained with "
+            f"({config.fingerprint[:12]})"
+        )
+    return encode_texts(tower, texts, BATCH).half().float()  # as latent sets store them
+
+
+def _settle(options: EmbeddedTextOptions, latents: LatentSet) -> EmbeddedTextCondition:
+    del options
+    recipe = latents.manifest.recipe.get("text")
+    if recipe is None:
+        raise DataError(
+            f"--condition embedded-text: {latents.directory} has no embedded captions; encode with "
+            "--text-encoder NAME --text-weights FILE"
+        )
+    count, width = latents.rows("text", [0]).shape[1:]
+    return EmbeddedTextCondition(**recipe, count=count, width=width)
+
+
+def _build(config: EmbeddedTextCondition, widths: Widths) -> StoredTextConditioner:
+    return StoredTextConditioner(config.count, config.width, widths.context)
+
+
+def _start(conditioner: nn.Module, latents: LatentSet) -> None:
+    assert isinstance(conditioner, StoredTextConditioner)  # noqa: S101 - `_build` made it
+    with safe_open(latents.directory / latents.manifest.shards[0].name, "pt") as shard:
+        conditioner.set_empty(shard.get_tensor("text.empty"))
+
+
+def _reader(
+    config: EmbeddedTextCondition, options: EmbeddedTextOptions, latents: LatentSet
+) -> Reader:
+    if _settle(options, latents) != config:
+        raise DataError(f"{latents.directory} has captions embedded by another text tower")
+    return lambda indices, _: latents.rows("text", indices).float()
+
+
+def _row(config: EmbeddedTextCondition, value: object) -> Tensor:
+    raise ValueError("a text is embedded by its tower, not by itself")
+
+
+EMBEDDED_TEXT = Kind(
+    settle=_settle, build=_build, reader=_reader, row=_row, silence="", start=_start
+)

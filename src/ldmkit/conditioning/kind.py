@@ -49,6 +49,10 @@ def as_said(config: Any, value: Any) -> str:  # noqa: ANN401 - any stored config
     return str(value)
 
 
+def takes_nothing(conditioner: nn.Module, latents: LatentSet) -> None:
+    """The config says everything."""
+
+
 class Kind(NamedTuple):
     """One kind of condition; its functions take the config that a model file stores."""
 
@@ -62,5 +66,7 @@ class Kind(NamedTuple):
     """And a value as a user gives it -> the values of one sample. Raises ValueError."""
     silence: Any = None
     """What a user says who says nothing; None where something has to be said."""
+    start: Callable[[nn.Module, LatentSet], None] = takes_nothing
+    """Before training: a conditioner takes over from the data what its config does not hold."""
     words: Callable[[Any, Any], str] = as_said
     """And what a user says -> as file names and lists show it."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldmkit.conditioning.classes import CLASS
 from ldmkit.conditioning.condition import Condition
+from ldmkit.conditioning.frozen_text import EMBEDDED_TEXT
 from ldmkit.conditioning.image import IMAGE
 from ldmkit.conditioning.kind import Kind, Reader
 from ldmkit.conditioning.labelmap import LABELMAP
@@ -61,6 +62,7 @@ def joined(conditions: Sequence[Condition]) -> Condition:
 KINDS: dict[str, Kind] = {
     "class": CLASS,
     "text": TEXT,
+    "embedded-text": EMBEDDED_TEXT,
     "layout": LAYOUT,
     "labelmap": LABELMAP,
     "lowres": LOWRES,

@@ -18,7 +18,7 @@ from ldmkit.assembly import (
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.conditioning.kind import Reader
-from ldmkit.conditioning.kinds import readers_of, values_of
+from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_batches import samples_of_step, training_buckets
 from ldmkit.data.latent_set import LatentSet
@@ -33,7 +33,7 @@ from ldmkit.diffusion_step import (
 )
 from ldmkit.drawing import Manner, draw_latents
 from ldmkit.errors import InterruptedRun, NonFiniteError, UsageError
-from ldmkit.facts import DiffusionFacts, Manifest
+from ldmkit.facts import DiffusionFacts
 from ldmkit.held_back import VALIDATED, VALUES, HeldBack, as_sentence, held_back_latents, validate
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
@@ -113,7 +113,8 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
         autoencoder = load_autoencoder(config.ae, device)
     open_run(config)
 
-    learner = build_learner(config, model_config, manifest, device)
+    model = fresh_model(config, model_config, latents)
+    learner = learner_of(model.to(device), config)
     data = Data(latents, buckets, readers, held_back)
     quality = train(config, learner, data, autoencoder)
 
@@ -220,17 +221,16 @@ def train(
     return quality
 
 
-def build_learner(
-    config: TrainDiffusionConfig,
-    model_config: DiffusionConfig,
-    manifest: Manifest,
-    device: torch.device,
-) -> Learner:
-    """A model with fresh weights, its average, and its optimizers."""
+def fresh_model(
+    config: TrainDiffusionConfig, model_config: DiffusionConfig, latents: LatentSet
+) -> LatentDiffusion:
+    """A model with fresh weights, and what it takes over from the data."""
     torch.manual_seed(seed_for(config.seed, WEIGHTS))
     model = build_diffusion(model_config)
-    model.set_whitening(manifest.whitening)
-    return learner_of(model.to(device), config)
+    model.set_whitening(latents.manifest.whitening)
+    for kind, conditioner in model.conditioners.items():
+        KINDS[kind].start(conditioner, latents)
+    return model
 
 
 def look_at(guard: NonFiniteGuard, latents: LatentSet) -> NonFiniteError | None:
