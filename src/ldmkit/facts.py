@@ -1,8 +1,9 @@
 """What files say of themselves beside their config: typed, and strict about unknown keys."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_serializer
 
 from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.diffusion_configs import SnapshotFormat
@@ -130,12 +131,20 @@ class Manifest(Config):
     columns: tuple[str, ...]
     class_names: tuple[str, ...]
     box_names: tuple[str, ...] = ()
+    scalar_names: tuple[str, ...] = ()
     whitening: Whitening
     shards: tuple[ShardEntry, ...]
     skipped: tuple[tuple[str, str], ...]
     converted: dict[str, tuple[int, tuple[str, ...]]]
     """What decoding changed beyond scaling: in how many pictures, and the keys of the first."""
     versions: dict[str, str]
+
+    @model_serializer(mode="wrap")
+    def _without_scalars_where_there_are_none(self, dumped: Callable[[Any], Facts]) -> Facts:
+        dump = dumped(self)
+        if not self.scalar_names:  # the page of such a set is what it was before there were any
+            dump.pop("scalar_names", None)
+        return dump
 
 
 def validated(model: type[AnyConfig], value: Any, source: str) -> AnyConfig:  # noqa: ANN401

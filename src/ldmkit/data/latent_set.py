@@ -8,9 +8,10 @@ delay the start; nothing that was learnt may be written before it is through
 """
 
 import itertools
+import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -18,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmkit.container import Header, read_header
 from ldmkit.data.items import NO_LABEL
 from ldmkit.data.order import is_held_back
+from ldmkit.data.shard_file import BOXES, EMPTY_TEXT, TEXTS, Shard, open_shard
 from ldmkit.errors import DataError, StorageError
-from ldmkit.facts import Manifest, ShardEntry
+from ldmkit.facts import ShardEntry
 from ldmkit.manifest import read_manifest, verify_shard
 from ldmkit.tensors import Latents
 
-LATENT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 Shape = tuple[int, int, int]
 """z, height, width of a latent."""
 Value = TypeVar("Value")
@@ -62,14 +62,11 @@ class LatentSet:
         self._starts = np.cumsum([0, *(entry.count for entry in entries)])
         if not 0 < len(self) == self.manifest.count:
             raise DataError(f"the manifest of {directory} counts wrong; run `ldmkit encode` again")
-        self._shards = [_open_shard(directory, entry, self.manifest) for entry in entries]
-        self._dtype = _only([shard.dtype for shard in self._shards], directory, "number format")
-        self._noisy = _only([shard.std is not None for shard in self._shards], directory, "std")
-        self._mean = np.array([shard.mean for shard in self._shards])
-        self._std = np.array([shard.std or 0 for shard in self._shards])
-        self._shapes = list(dict.fromkeys(shard.shape for shard in self._shards))
-        self._kinds = np.array([self._shapes.index(shard.shape) for shard in self._shards])
-        self.labels = np.concatenate([shard.column("label", np.int64) for shard in self._shards])
+        self._shards = [open_shard(directory, entry, self.manifest) for entry in entries]
+        _only(["std" in shard.columns for shard in self._shards], directory, "std")
+        names = dict.fromkeys(name for shard in self._shards for name in shard.columns)
+        self._columns = {name: _column_over(self._shards, name, directory) for name in names}
+        self.labels = np.concatenate([shard.array("label", np.int64) for shard in self._shards])
         self._require_known_labels(directory)
         self._verification = _Verification(directory, entries)
         weakref.finalize(self, self._verification.stop)
@@ -81,9 +78,12 @@ class LatentSet:
     def shapes(self) -> dict[Shape, np.ndarray]:
         """Every shape of latents in the set, with the sorted indices of its samples (int64)."""
         spans = [np.arange(*pair) for pair in itertools.pairwise(self._starts)]
+        mean = self._columns["mean"]
         return {
-            shape: np.concatenate([spans[i] for i in np.flatnonzero(self._kinds == kind)])
-            for kind, shape in enumerate(self._shapes)
+            (z, height, width): np.concatenate(
+                [spans[i] for i in np.flatnonzero(mean.kinds == kind)]
+            )
+            for kind, (z, height, width) in enumerate(mean.shapes)
         }
 
     @property
@@ -99,23 +99,62 @@ class LatentSet:
             ValueError: the samples are of several shapes, or none is asked for.
             DataError: a shard has meanwhile been found damaged.
         """
-        self._verification.raise_error()
-        wanted = np.asarray(indices, dtype=np.int64)
-        if not wanted.size:
-            raise ValueError("no sample is asked for")
-        if wanted.min() < 0 or wanted.max() >= len(self):
-            raise IndexError(f"samples 0 to {len(self) - 1} are there, not all of {wanted}")
-        owners = np.searchsorted(self._starts, wanted, side="right") - 1
-        kinds = self._kinds[owners]
-        if (kinds != kinds[0]).any():
-            raise ValueError("a batch has latents of one shape; see LatentSet.shapes")
-        rows = wanted - self._starts[owners]
-        shape = self._shapes[kinds[0]]
-        mean = self._gather(self._mean, owners, rows, shape)
-        std = torch.zeros((), dtype=mean.dtype).expand_as(mean)
-        if self._noisy:
-            std = self._gather(self._std, owners, rows, shape)
-        return LatentBatch(mean, std)
+        places = self._places(indices)
+        mean = self._gather("mean", *places)
+        if "std" in self._columns:
+            return LatentBatch(mean, self._gather("std", *places))
+        return LatentBatch(mean, torch.zeros((), dtype=mean.dtype).expand_as(mean))
+
+    def rows(self, name: str, indices: Sequence[int] | np.ndarray) -> Tensor:
+        """A column of some samples (at least one), as it is stored, in the order asked for.
+
+        Args:
+            name: of a column whose samples each have one shape: mean, std, label, view, labelmap, mask,
+                lowres, scalars, text, hole or masked.
+            indices: of the samples.
+
+        Returns:
+            `[len(indices), ...]`, uint8, int64, float16, bfloat16 or float32.
+
+        Raises:
+            DataError: the set has no such column, or a shard has meanwhile been found damaged.
+            IndexError: there is no such sample.
+            ValueError: the samples are of several shapes, or none is asked for.
+        """
+        self._require_column(name, self._columns)
+        return self._gather(name, *self._places(indices))
+
+    def text(self, name: str, index: int) -> str:
+        """One text of a column (`key`, `caption` or `group`); no other is read.
+
+        Raises:
+            DataError: the set has no such column, or it is damaged.
+            IndexError: there is no such sample.
+        """
+        self._require_column(name, [c for c in self.manifest.columns if c in TEXTS])
+        owners, rows = self._places([index])
+        return self._shards[int(owners[0])].text(name, int(rows[0]))
+
+    def boxes(self, index: int) -> np.ndarray:
+        """The boxes of one sample, `[m, 5]` float32: category, x0, y0, x1, y1 in shares of the picture.
+
+        Raises:
+            DataError: the set has no boxes, or they are damaged.
+            IndexError: there is no such sample.
+        """
+        self._require_column(BOXES, self.manifest.columns)
+        owners, rows = self._places([index])
+        return self._shards[int(owners[0])].boxes(int(rows[0]))
+
+    def empty_text(self) -> Tensor:
+        """The embedding of the empty text, `[t, w]` float16, by the encoder of the column `text`.
+
+        Raises:
+            DataError: the set has no such column.
+        """
+        self._require_column("text", self._columns)
+        first = next(shard for shard in self._shards if "text" in shard.columns)
+        return first.tensor(EMPTY_TEXT)
 
     def texts(self, name: str) -> Iterator[str]:
         """A text column (`key` or `caption`), from the first sample to the last.
@@ -159,19 +198,39 @@ class LatentSet:
         """
         self._verification.wait()
 
-    def _gather(
-        self, starts: np.ndarray, owners: np.ndarray, rows: np.ndarray, shape: Shape
-    ) -> Tensor:
-        """One tensor from rows of several shards whose column begins at these offsets."""
-        length = int(np.prod(shape)) * self._dtype.itemsize
-        begins = (starts[owners] + rows * length).tolist()
+    def _require_column(self, name: str, known: Collection[str]) -> None:
+        if name not in known:
+            raise DataError(
+                f"{self.directory} has no column {name}; its columns are "
+                f"{', '.join(self.manifest.columns)}"
+            )
+
+    def _places(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each sample, and its row there."""
+        self._verification.raise_error()
+        wanted = np.asarray(indices, dtype=np.int64)
+        if not wanted.size:
+            raise ValueError("no sample is asked for")
+        if wanted.min() < 0 or wanted.max() >= len(self):
+            raise IndexError(f"samples 0 to {len(self) - 1} are there, not all of {wanted}")
+        owners = np.searchsorted(self._starts, wanted, side="right") - 1
+        return owners, wanted - self._starts[owners]
+
+    def _gather(self, name: str, owners: np.ndarray, rows: np.ndarray) -> Tensor:
+        """One tensor from rows of several shards."""
+        column = self._columns[name]
+        shape = column.shapes[column.kinds[owners[0]]]
+        if len(column.shapes) > 1 and (column.kinds[owners] != column.kinds[owners[0]]).any():
+            raise ValueError(f"a batch has {name} of one shape; see LatentSet.shapes")
+        length = math.prod(shape) * column.dtype.itemsize
+        begins = (column.begins[owners] + rows * length).tolist()
         shards = self._shards
         pieces = [
             shards[owner].file[begin : begin + length]
             for owner, begin in zip(owners.tolist(), begins, strict=True)
         ]
         data = bytearray().join(pieces)  # one copy for each sample, straight from the page cache
-        return torch.frombuffer(data, dtype=self._dtype).view(len(rows), *shape)
+        return torch.frombuffer(data, dtype=column.dtype).view(len(rows), *shape)
 
     def _require_known_labels(self, directory: Path) -> None:
         # before the digests are known: a wrong index would stop training with an error of its own
@@ -182,81 +241,26 @@ class LatentSet:
             )
 
 
-class _Shard(NamedTuple):
-    """A shard in memory, as far as it is touched."""
+class _Column(NamedTuple):
+    """A column of samples that each have one shape, over all shards."""
 
-    path: Path
-    file: memoryview
-    """The whole file, read-only."""
-    header: Header
     dtype: torch.dtype
-    shape: Shape
-    mean: int
-    """Where the column begins, bytes from the start of the file."""
-    std: int | None
-
-    def column(self, name: str, dtype: type[np.generic]) -> np.ndarray:
-        """A column as it lies in the file."""
-        entry = self.header.tensors.get(name)
-        if entry is None or entry.stop - entry.start != np.dtype(dtype).itemsize * int(
-            np.prod(entry.shape)
-        ):
-            raise DataError(f"{self.path} has no column {name} that can be read")
-        start = self.header.payload_start
-        return np.frombuffer(self.file[start + entry.start : start + entry.stop], dtype)
-
-    def texts(self, name: str) -> Iterator[str]:
-        data = self.column(f"{name}.bytes", np.uint8).tobytes()
-        offsets = self.column(f"{name}.offsets", np.int64).tolist()
-        try:
-            for start, stop in itertools.pairwise(offsets):
-                yield data[start:stop].decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path} is damaged; run `ldmkit encode` again") from error
+    shapes: list[tuple[int, ...]]
+    """All that occur."""
+    kinds: np.ndarray
+    """Of each shard: which of the shapes."""
+    begins: np.ndarray
+    """Of each shard: where the column begins, bytes from the start of the file."""
 
 
-def _open_shard(directory: Path, entry: ShardEntry, manifest: Manifest) -> _Shard:
-    path = directory / entry.name
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run `ldmkit encode` again")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise DataError(
-            f"{path} is damaged ({size} bytes, {entry.bytes} in the manifest); "
-            "run `ldmkit encode` again"
-        )
-    header = read_header(path)
-    shape = entry.shape or manifest.latent_shape
-    mean, std = header.tensors.get("mean"), header.tensors.get("std")
-    label = header.tensors.get("label")
-    if (
-        mean is None
-        or mean.dtype not in LATENT_DTYPES
-        or mean.shape != (entry.count, *shape)
-        or (std is not None and std[:2] != mean[:2])
-        or (label is None or label[:2] != ("I64", (entry.count,)))
-    ):
-        raise DataError(f"{path} does not hold what the manifest says; run `ldmkit encode` again")
-    start = header.payload_start
-    return _Shard(
-        path=path,
-        file=_memory_map(path, size),
-        header=header,
-        dtype=LATENT_DTYPES[mean.dtype],
-        shape=shape,
-        mean=start + mean.start,
-        std=None if std is None else start + std.start,
-    )
-
-
-def _memory_map(path: Path, size: int) -> memoryview:
-    # np.memmap and mmap would keep a file open for each map: a thousand shards exceed the usual limit
-    try:
-        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-    except RuntimeError as error:
-        raise StorageError(f"cannot map {path} into memory: {error}") from error
-    mapped.flags.writeable = False
-    return mapped.data
+def _column_over(shards: Sequence[Shard], name: str, directory: Path) -> _Column:
+    there = [shard.columns[name] for shard in shards if name in shard.columns]
+    dtype = _only([column.dtype for column in there], directory, f"number format of {name}")
+    absent = there[0]._replace(start=0)  # in a shard without samples, where nobody reads
+    columns = [shard.columns.get(name, absent) for shard in shards]
+    shapes = list(dict.fromkeys(column.shape for column in columns))
+    kinds = np.array([shapes.index(column.shape) for column in columns])
+    return _Column(dtype, shapes, kinds, np.array([column.start for column in columns]))
 
 
 def _only(values: Sequence[Value], directory: Path, what: str) -> Value:
