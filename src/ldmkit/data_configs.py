@@ -5,7 +5,7 @@ Imports no torch.
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -29,6 +29,9 @@ Location = Annotated[
 """A path or a URL; not a `Path`, which would fold the two slashes of `https://`."""
 
 DegradationName = Literal["bicubic", "bsr"]
+HoleKind = Literal["strokes", "boxes", "half", "margin", "mixed", "given"]
+HoleFill = Literal["black", "grey"]
+TextOutput = Literal["last", "penultimate", "pooled"]
 
 
 def _is_pattern(text: str | None) -> str | None:
@@ -46,6 +49,22 @@ def _is_job(text: str | None) -> str | None:
         if not (slash and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
             raise ValueError("give I/N with I from 1 to N, such as 1/4")
     return text
+
+
+def _names(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
+    """Names from a text with commas between them, or from a list of such texts."""
+    if value is None:
+        return None
+    parts = [value] if isinstance(value, str) else value
+    if not all(isinstance(part, str) for part in parts):
+        return value
+    return tuple(name.strip() for part in parts for name in part.split(","))
+
+
+def _differ(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if names is not None and (not all(names) or len(set(names)) < len(names)):
+        raise ValueError("give names that differ, with commas between them")
+    return names
 
 
 class SourceConfig(Config):
@@ -78,6 +97,18 @@ class SourceConfig(Config):
     )
     label_column: str | None = field(
         None, "Column of class labels in metadata and parquet (default: label)"
+    )
+    scalars: Annotated[tuple[str, ...] | None, BeforeValidator(_names), AfterValidator(_differ)] = (
+        field(
+            None,
+            "NAME,NAME,...: columns of metadata and parquet, or keys of the .json members of tars, that hold a"
+            " number for each picture, such as age,dose",
+        )
+    )
+    hole_masks: Path | None = field(
+        None,
+        "Folder of holes to paint in: for each picture a mask, .png or .npy, of the same relative name and"
+        " size, white where the hole is",
     )
     images: Path | None = field(
         None,
@@ -129,7 +160,9 @@ class EncodeConfig(SourceConfig):
     view_jitter: Fraction = field(
         0.0, "Largest change of brightness and contrast of random crops; 0.1 = by up to 10 %"
     )
-    seed: Count = field(0, "Fixes the random crops, and what --lowres-degradation bsr does")
+    seed: Count = field(
+        0, "Fixes the random crops, random holes, and what --lowres-degradation bsr does"
+    )
     lowres: Count = field(
         0, "Store each picture, smaller by this factor, as the input of super-resolution; 0 = no"
     )
@@ -137,6 +170,30 @@ class EncodeConfig(SourceConfig):
         "bicubic",
         "How --lowres makes pictures small: bicubic, or bsr = with random blur, resizing, noise and JPEG"
         " as well (the paper's super-resolution model)",
+    )
+    text_encoder: str | None = field(
+        None,
+        "Store embeddings of the captions by the text tower of this open_clip architecture, such as"
+        " ViT-L-14-quickgelu; of several captions that of the first",
+    )
+    text_weights: Path | None = field(
+        None, "Weights of --text-encoder: safetensors, or a checkpoint"
+    )
+    text_output: TextOutput = field(
+        "last",
+        "What --text-encoder gives: all tokens after its last block or the one before (penultimate), or"
+        " one embedding for the whole text (pooled)",
+    )
+    text_pad_with_end: bool = field(
+        False, "Fill captions up with the end token, as Stable Diffusion 1 does; else with 0"
+    )
+    holes: HoleKind | None = field(
+        None,
+        "Store a hole to be painted in, and the latents of the picture with it, for inpainting: random"
+        " strokes, boxes, half of the picture, a margin, mixed = any of these, or given = --hole-masks",
+    )
+    hole_fill: HoleFill = field(
+        "black", "Colour of the hole that is encoded: black (the paper) or grey (Stable Diffusion)"
     )
     shard_size: Positive = field(1024, "Pictures for each shard file")
     batch_size: Positive = field(32, "Latents computed at once")
@@ -177,6 +234,20 @@ class EncodeConfig(SourceConfig):
                 f"--lowres-degradation {self.lowres_degradation} makes the pictures of --lowres: give "
                 "their factor, such as --lowres 4"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _columns_have_what_they_need(self) -> "EncodeConfig":
+        if self.text_encoder is None and (
+            self.text_weights or self.text_pad_with_end or self.text_output != "last"
+        ):
+            raise ValueError("--text-weights and other --text options are for --text-encoder NAME")
+        if (self.holes == "given") != (self.hole_masks is not None):
+            raise ValueError(
+                "--holes given and --hole-masks DIR go together: give both, or neither"
+            )
+        if self.hole_fill != "black" and self.holes is None:
+            raise ValueError("--hole-fill is the colour of --holes: give their kind too")
         return self
 
 

@@ -1,7 +1,7 @@
 """From pictures to shards of latents: what `encode` computes between reading and writing."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
-from ldmkit.data.encoding import Batch, LowResolution, Task, View, ViewSettings, read_batches
+from ldmkit.data.encoding import Batch, Companions, Task, View, ViewSettings, read_batches
 from ldmkit.data.gaps import fill_gaps
 from ldmkit.data.latents import (
     STORED_DTYPES,
@@ -17,6 +17,7 @@ from ldmkit.data.latents import (
     box_columns,
     items_digest,
     moments_of,
+    require_finite,
     shard_tensors,
 )
 from ldmkit.data.tally import tally_of
@@ -28,6 +29,10 @@ from ldmkit.terminal import Track
 
 UNLABELLED = 255
 """Class of the pixels of a picture without a label map, in a set that has them."""
+Embed = Callable[[Sequence[str]], Tensor]
+"""Texts -> their embeddings `[texts, t, w]`, float32; the empty text has one too."""
+Fill = Callable[[Tensor, Tensor], Tensor]
+"""Pictures `[b, c, h, w]` in [-1, 1] and holes `[b, h, w]`, bool -> the pictures, their holes filled."""
 
 
 class Work(NamedTuple):
@@ -37,11 +42,15 @@ class Work(NamedTuple):
     preprocessing: PreprocessingConfig
     views: ViewSettings
     columns: frozenset[str]
-    """Which of boxes, labelmap, mask and lowres are stored."""
+    """Which of the columns are stored that only some sets have."""
     depth: Depth
     """Number format of the pictures that the autoencoder saw."""
-    lowres: LowResolution | None
-    """How the column of that name is made; None where there is none."""
+    companions: Companions
+    """How the columns lowres and hole are made."""
+    embed: Embed | None = None
+    """How the column text is made; None where there is none."""
+    fill: Fill | None = None
+    """How the column masked is made; None where there is none."""
 
 
 class Shard(NamedTuple):
@@ -57,6 +66,8 @@ class EncodedBatch(NamedTuple):
     batch: Batch
     mean: Tensor | None
     std: Tensor | None
+    masked: Tensor | None
+    """Means of the pictures whose holes are filled."""
 
 
 def encode_shards(
@@ -72,7 +83,7 @@ def encode_shards(
         tasks,
         work.preprocessing,
         work.views,
-        lowres=work.lowres,
+        companions=work.companions,
         batch_size=batch_size,
         workers=config.workers,
     )
@@ -81,7 +92,8 @@ def encode_shards(
         parts = []
         for batch in members:
             bad_left -= bad_in(batch, bad_left)
-            parts.append(EncodedBatch(batch, *encode_batch(model, batch, batch_size, config.dtype)))
+            stored = STORED_DTYPES[config.dtype]
+            parts.append(encode_batch(model, batch, batch_size, stored, work.fill))
             bar.advance(len(batch.readings))
         yield tasks[number], build_shard(model, tasks[number], parts, work)
 
@@ -105,17 +117,30 @@ def bad_in(batch: Batch, allowed: int) -> int:
 
 @torch.inference_mode()
 def encode_batch(
-    model: Autoencoder, batch: Batch, batch_size: int, dtype: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and standard deviation of the posteriors, as they are stored; None where there are none."""
+    model: Autoencoder,
+    batch: Batch,
+    batch_size: int,
+    stored: torch.dtype,
+    fill: Fill | None = None,
+) -> EncodedBatch:
+    """Mean and standard deviation of the posteriors, as they are stored."""
     if batch.images is None:
-        return None, None
+        return EncodedBatch(batch, None, None, None)
     images = fill_gaps(batch.images).images
     posteriors = [model.encode(part.to(model.device)) for part in images.split(batch_size)]
-    stored = STORED_DTYPES[dtype]
     mean = torch.cat([posterior.mean.to(stored).cpu() for posterior in posteriors])
     stds = [part.std.to(stored).cpu() for part in posteriors if part.std is not None]
-    return mean, torch.cat(stds) if stds else None
+    masked = None
+    if fill is not None:
+        filled = fill(images, _holes_of(batch)).split(batch_size)
+        means = [model.encode(part.to(model.device)).mean for part in filled]
+        masked = torch.cat([part.to(stored).cpu() for part in means])
+    return EncodedBatch(batch, mean, torch.cat(stds) if stds else None, masked)
+
+
+def _holes_of(batch: Batch) -> Tensor:
+    views = [view for reading in batch.readings for view in reading.views]
+    return torch.stack([view.hole for view in views if view.hole is not None]).bool()
 
 
 def build_shard(model: Autoencoder, task: Task, parts: Sequence[EncodedBatch], work: Work) -> Shard:
@@ -136,6 +161,13 @@ def build_shard(model: Autoencoder, task: Task, parts: Sequence[EncodedBatch], w
     images = [part.batch.images for part in parts if part.batch.images is not None]
     views = [view for reading in readings for view in reading.views]
     extra = extra_columns(work, task, images, views)
+    extra |= _scalar_column(work, rows)
+    if work.embed is not None:
+        extra |= text_embeddings(rows, work.embed)
+    if work.fill is not None:
+        masked = torch.cat([none, *(part.masked for part in parts if part.masked is not None)])
+        require_finite(masked, rows, "the masked latents", "try --dtype float32")
+        extra["masked"] = masked
     tensors = shard_tensors(mean, std, rows, extra)
     changes = tally_of((task.items[reading.place].key, reading.conversions) for reading in readings)
     facts = ShardFacts(
@@ -173,10 +205,43 @@ def extra_columns(
     if "mask" in work.columns:
         none = torch.empty(0, height, width, dtype=torch.uint8)
         columns["mask"] = torch.cat([none, *((~x.isnan().any(1)).byte() for x in images)])
-    if work.lowres is not None:
-        side = (height // work.lowres.ratio, width // work.lowres.ratio)
+    if "hole" in work.columns:
+        none = torch.empty(0, height, width, dtype=torch.uint8)
+        columns["hole"] = torch.cat([none, *(v.hole[None] for v in views if v.hole is not None)])
+    if work.companions.lowres is not None:
+        ratio = work.companions.lowres.ratio
+        side = (height // ratio, width // ratio)
         none = torch.empty(0, work.preprocessing.channels, *side)
         small = [view.lowres[None] for view in views if view.lowres is not None]
         stored = torch.cat([none, *small])
         columns["lowres"] = to_pixels(stored) if work.depth == "uint8" else stored
     return columns
+
+
+def text_embeddings(rows: Sequence[Row], embed: Embed) -> dict[str, Tensor]:
+    """The embedding of the first line of each caption, and of the empty text, as they are stored.
+
+    Raises:
+        DataError: one is not finite as float16.
+    """
+    empty = embed([""])[0].half()
+    texts = [first_line(row.item.caption) for row in rows]
+    told = torch.tensor([bool(text) for text in texts], dtype=torch.bool)
+    found = empty.repeat(len(rows), 1, 1)  # a row without a caption has exactly the empty text's
+    if told.any():
+        found[told] = embed([text for text in texts if text]).half()
+    require_finite(found, rows, "the text embedding", "take another --text-encoder")
+    return {"text": found, "text.empty": empty}
+
+
+def first_line(caption: str) -> str:
+    """The first of several captions; "" where there is none."""
+    return next((line.strip() for line in caption.split("\n") if line.strip()), "")
+
+
+def _scalar_column(work: Work, rows: Sequence[Row]) -> dict[str, Tensor]:
+    names = work.recipe.get("scalars")
+    if names is None:
+        return {}
+    values = [row.item.scalars for row in rows]
+    return {"scalars": torch.tensor(values, dtype=torch.float32).reshape(-1, len(names))}

@@ -113,7 +113,7 @@ def train_merges(captions: Iterable[str], size: int) -> tuple[Merge, ...]:
             f"a vocabulary of {size} tokens is too small; bytes, start, end and padding alone "
             f"are {SMALLEST_VOCABULARY}"
         )
-    words = Counter(word for caption in captions for word in _words(_proper(caption)))
+    words = Counter(word for caption in captions for word in _words(proper_caption(caption)))
     spelled = [list(word.encode()) for word in words]
     times = list(words.values())
     counts: Counter[Merge] = Counter()
@@ -150,7 +150,7 @@ def count_tokens(caption: object, tokenizer: Tokenizer) -> int:
     Raises:
         ValueError: as `caption_row`.
     """
-    return len(tokenizer.pieces(_proper(caption))) + 2
+    return len(tokenizer.pieces(proper_caption(caption))) + 2
 
 
 def caption_row(caption: object, tokenizer: Tokenizer, *, allow_empty: bool = False) -> Row:
@@ -164,7 +164,7 @@ def caption_row(caption: object, tokenizer: Tokenizer, *, allow_empty: bool = Fa
     Raises:
         ValueError: it is no text, too long to be a caption, not Unicode, or empty.
     """
-    pieces = tokenizer.pieces(_proper(caption))
+    pieces = tokenizer.pieces(proper_caption(caption))
     if not (pieces or allow_empty):
         raise ValueError("the caption is empty; write one, or leave this sample out")
     ids = [tokenizer.start, *pieces[: tokenizer.length - 2], tokenizer.end]
@@ -197,7 +197,12 @@ def _open_clip_word(word: str) -> list[int]:
     return [simple.encoder[piece] for piece in simple.bpe(letters).split(" ")]
 
 
-def _proper(caption: object) -> str:
+def proper_caption(caption: object) -> str:
+    """The caption itself.
+
+    Raises:
+        ValueError: it is no text, too long, or not Unicode.
+    """
     if not isinstance(caption, str):
         raise ValueError(f"a caption must be text; this is {type(caption).__name__}")
     if len(caption) > MAX_CHARACTERS:

@@ -16,6 +16,7 @@ from ldmkit.data.images import read_picture
 from ldmkit.data.items import Item
 from ldmkit.data.labelmaps import read_labelmap
 from ldmkit.data.look import Look, conversions, look_at
+from ldmkit.data.masks import read_hole
 from ldmkit.data.pictures import Picture
 from ldmkit.data.similarity import perceptual_hash, small_version
 from ldmkit.errors import DataError
@@ -182,7 +183,7 @@ def _of_values(picture: Picture, name: str, config: PreprocessingConfig) -> Iter
 
 
 def _of_companions(item: Item, config: PreprocessingConfig) -> Iterator[Note]:
-    """What is wrong with the mask and the label map."""
+    """What is wrong with the mask, the label map and the mask of the hole."""
     try:
         if item.mask is not None:
             read_picture(item, config)
@@ -193,3 +194,9 @@ def _of_companions(item: Item, config: PreprocessingConfig) -> Iterator[Note]:
             read_labelmap(item.labelmap, look_at(item.picture.read(), item.name).shape)
     except DataError as error:
         yield Note("bad label map", "error", str(error))
+    try:
+        if item.hole is not None:
+            height, width = look_at(item.picture.read(), item.name).shape
+            read_hole(item.hole, (height, width))
+    except DataError as error:
+        yield Note("bad hole mask", "error", str(error))

@@ -1,5 +1,6 @@
 """What is wrong or odd with pictures as a set: mixed kinds, captions, classes, duplicates, leaks."""
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
@@ -79,6 +80,28 @@ def incomplete(items: Sequence[Item], known: Collection[tuple[str, str]]) -> Ite
             if (kind, item.key) not in known:
                 text = f"{item.name} has no {what}, or an empty one, and others have"
                 yield Finding(kind, "warning", item.key, text, (index,))
+
+
+def missing_scalars(source: Source) -> Iterator[Finding]:
+    """Pictures whose numbers are not all known."""
+    for place, name in enumerate(source.scalar_names):
+        for index, item in enumerate(source.items):
+            if math.isnan(item.scalars[place]):
+                text = f"{item.name} has no {name}; the model is told that it is not known"
+                yield Finding(f"missing {name}", "warning", item.key, text, (index,))
+
+
+def scalar_facts(source: Source) -> dict[str, dict[str, int | float]]:
+    """Of each scalar: how many pictures lack it, and the spread of the others."""
+    columns = {
+        name: [item.scalars[place] for item in source.items]
+        for place, name in enumerate(source.scalar_names)
+    }
+    known = {name: [x for x in all_ if not math.isnan(x)] for name, all_ in columns.items()}
+    return {
+        name: {"missing": len(columns[name]) - len(values)} | _spread(values)
+        for name, values in known.items()
+    }
 
 
 def classes(source: Source) -> Iterator[Finding]:
@@ -209,10 +232,11 @@ def facts(source: Source, examined: Sequence[Examined]) -> dict[str, Any]:
             f"longer_than_{LONG_CAPTION}": sum(length > LONG_CAPTION for length in lengths),
         },
         "classes": class_counts(source),
+        "scalars": scalar_facts(source),
     }
 
 
-def _spread(numbers: Sequence[int]) -> dict[str, int | float]:
+def _spread(numbers: Sequence[int | float]) -> dict[str, int | float]:
     if not numbers:
         return {}
     middle = statistics.median(numbers)

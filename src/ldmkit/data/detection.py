@@ -17,6 +17,7 @@ BY_SUFFIX = {".json": "coco", ".parquet": "parquet", ".tar": "webdataset"}
 FORMATS_WITH = {
     "caption_column": ("metadata", "parquet"),
     "label_column": ("metadata", "parquet"),
+    "scalars": ("metadata", "parquet", "webdataset"),
     "images": ("coco",),
     "captions": ("coco",),
 }
@@ -78,10 +79,14 @@ def require_fitting_options(config: SourceConfig, found: str) -> None:
             raise UsageError(
                 f"{option} is for --format {' or '.join(formats)}, and DATA is {found}"
             )
-    if config.labelmaps is None or found != "folder":
-        return
-    if config.labelmaps.resolve().is_relative_to(Path(config.data).resolve()):
-        raise UsageError(
-            f"--labelmaps {config.labelmaps} lies in {config.data}, so that label maps would count as"
-            " pictures: put it beside that folder"
-        )
+    for option, folder, what in (
+        ("--labelmaps", config.labelmaps, "label maps"),
+        ("--hole-masks", config.hole_masks, "masks"),
+    ):
+        if folder is None or found != "folder":
+            continue
+        if folder.resolve().is_relative_to(Path(config.data).resolve()):
+            raise UsageError(
+                f"{option} {folder} lies in {config.data}, so that {what} would count as"
+                " pictures: put it beside that folder"
+            )

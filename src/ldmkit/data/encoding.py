@@ -21,12 +21,13 @@ from ldmkit.data.images import decode_item
 from ldmkit.data.items import Box, Item
 from ldmkit.data.labelmaps import read_labelmap
 from ldmkit.data.look import conversions, look_at
+from ldmkit.data.masks import random_hole, read_hole
 from ldmkit.data.order import generator_for, seed_for
 from ldmkit.data.pictures import Picture
 from ldmkit.data.placement import Placement, place, place_boxes
 from ldmkit.data.preprocessing import lay, lay_classes
-from ldmkit.data_configs import DegradationName
-from ldmkit.errors import LdmkitError
+from ldmkit.data_configs import DegradationName, HoleKind
+from ldmkit.errors import DataError, LdmkitError
 from ldmkit.facts import Depth
 
 
@@ -70,6 +71,24 @@ class LowResolution(NamedTuple):
     """Number format of the pictures."""
 
 
+class Holes(NamedTuple):
+    """What is to be painted in, in each view."""
+
+    kind: HoleKind
+    """given = as the items say, else drawn."""
+    seed: int
+
+
+class Companions(NamedTuple):
+    """What is made of each view beside its latents; None for what is not."""
+
+    lowres: LowResolution | None = None
+    holes: Holes | None = None
+
+
+NONE = Companions()
+
+
 class View(NamedTuple):
     """One view of a picture."""
 
@@ -77,6 +96,8 @@ class View(NamedTuple):
     boxes: tuple[Box, ...]
     labelmap: Tensor | None
     lowres: Picture | None
+    hole: Tensor | None = None
+    """`[h, w]`, uint8, 1 = hole."""
 
 
 class Reading(NamedTuple):
@@ -131,7 +152,7 @@ def read_batches(
     preprocessing: PreprocessingConfig,
     views: ViewSettings,
     *,
-    lowres: LowResolution | None = None,
+    companions: Companions = NONE,
     batch_size: int,
     workers: int,
 ) -> Iterator[Batch]:
@@ -141,7 +162,7 @@ def read_batches(
         tasks: the shards to make.
         preprocessing: without randomness, which the views bring.
         views: of each item.
-        lowres: small version of each view; None for no such.
+        companions: what else is made of each view.
         batch_size: views in a batch, at most (but all views of an item stay together).
         workers: processes that read; 0 reads here.
     """
@@ -152,7 +173,7 @@ def read_batches(
         for first in range(0, len(task.items), items_at_once)
     ]
     loader = DataLoader(
-        _Readings(tasks, preprocessing, views, lowres),
+        _Readings(tasks, preprocessing, views, companions),
         batch_sampler=chunks,
         num_workers=workers,
         collate_fn=_batch,
@@ -169,10 +190,10 @@ class _Readings(Dataset[tuple[int, Reading]]):
         tasks: Sequence[Task],
         preprocessing: PreprocessingConfig,
         views: ViewSettings,
-        lowres: LowResolution | None,
+        companions: Companions,
     ) -> None:
         self.tasks, self.preprocessing, self.views = tasks, preprocessing, views
-        self.lowres = lowres
+        self.companions = companions
 
     def __getitem__(self, address: tuple[int, int]) -> tuple[int, Reading]:
         shard, position = address
@@ -180,7 +201,7 @@ class _Readings(Dataset[tuple[int, Reading]]):
         item = task.items[position]
         try:
             views, changes = read_views(
-                item, self.preprocessing, self.views, task.size, self.lowres
+                item, self.preprocessing, self.views, task.size, self.companions
             )
         except LdmkitError as error:  # raised by who reads this, in the process that people see
             return shard, Reading(position, (), (), error)
@@ -204,7 +225,7 @@ def read_views(
     preprocessing: PreprocessingConfig,
     settings: ViewSettings,
     size: tuple[int, int],
-    lowres: LowResolution | None = None,
+    companions: Companions = NONE,
 ) -> tuple[tuple[View, ...], tuple[str, ...]]:
     """The views of one item, and what its decoding changed.
 
@@ -219,6 +240,7 @@ def read_views(
     picture = decode_item(item, data, whole)
     changes = conversions(look_at(data, item.name), item.name, preprocessing)
     classes = read_labelmap(item.labelmap, picture.shape[1:]) if item.labelmap else None
+    given = _given_hole(item, picture.shape[1:], companions.holes)
     views = []
     for number in range(settings.per_picture):
         where = _placement(item, picture.shape[1:], preprocessing, settings, size, number)
@@ -227,8 +249,12 @@ def read_views(
             seen = _jittered(seen, settings.jitter, _draw(item, settings, number, 1))
         seen = require_some(seen, f"the part of {item.name} that is encoded")
         labelmap = None if classes is None else lay_classes(classes, where)
+        hole = None if given is None else lay_classes(given, where)
+        if companions.holes is not None and given is None:
+            hole = _drawn_hole(item, size, companions.holes, number)
+        lowres = companions.lowres
         small = None if lowres is None else _small(seen, item, lowres, number)
-        views.append(View(seen, place_boxes(item.boxes, where), labelmap, small))
+        views.append(View(seen, place_boxes(item.boxes, where), labelmap, small, hole))
     return tuple(views), changes
 
 
@@ -252,6 +278,21 @@ def _small(picture: Picture, item: Item, lowres: LowResolution, number: int) -> 
     draw = np.random.default_rng(seed_for(lowres.seed, _number_of(item), number, 2))
     whole = fill_gaps(picture[None]).images[0]
     return degraded(whole, lowres.ratio, lowres.degradation, draw, depth=lowres.depth)
+
+
+def _given_hole(item: Item, shape: Sequence[int], holes: Holes | None) -> Tensor | None:
+    """The hole of the whole picture that the user gave, uint8; None where it is drawn, or none asked for."""
+    if holes is None or holes.kind != "given":
+        return None
+    if item.hole is None:
+        raise DataError(f"{item.name} has no hole mask")
+    return torch.from_numpy(read_hole(item.hole, (shape[0], shape[1])).astype(np.uint8))
+
+
+def _drawn_hole(item: Item, size: tuple[int, int], holes: Holes, number: int) -> Tensor:
+    draw = np.random.default_rng(seed_for(holes.seed, _number_of(item), number, 3))
+    mixture = None if holes.kind == "mixed" else {holes.kind: 1.0}
+    return torch.from_numpy(random_hole(draw, *size, mixture).astype(np.uint8))
 
 
 def _draw(item: Item, settings: ViewSettings, *place: int) -> torch.Generator:

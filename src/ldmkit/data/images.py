@@ -73,7 +73,7 @@ def read_picture(item: Item, config: PreprocessingConfig) -> Picture:
 
 def decode_item(item: Item, data: bytes, config: PreprocessingConfig) -> Picture:
     """`read_picture` where its bytes have been read already."""
-    if item.mask is not None or item.labelmap is not None:  # which have its whole size
+    if any(blob is not None for blob in (item.mask, item.labelmap, item.hole)):  # of its whole size
         config = config.model_copy(update={"dct_scaling": False})
     picture = decode_picture(data, item.name, config)
     if item.mask is not None:

@@ -100,6 +100,10 @@ class Item(NamedTuple):
     boxes: tuple[Box, ...] = ()
     group: str = ""
     """What it belongs to (a patient, a scene): a group is held back as a whole; "" = on its own."""
+    scalars: tuple[float, ...] = ()
+    """Numbers that were asked for by name (`Source.scalar_names`); NaN = not known."""
+    hole: Blob | None = None
+    """The picture that is white where something is to be painted in, where there is one."""
 
     @property
     def name(self) -> str:
@@ -127,3 +131,4 @@ class Source(NamedTuple):
     class_names: tuple[str, ...] = ()
     box_names: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    scalar_names: tuple[str, ...] = ()

@@ -17,6 +17,11 @@ and, where the source has them or they were asked for:
     labelmap      [N, H, W]      classes of the pixels, uint8
     mask          [N, H, W]      1 = the pixel counts, uint8
     lowres        [N, c, h, w]   the picture made smaller, uint8 or float32 in [-1, 1]
+    scalars       [N, n]         numbers by name (`Manifest.scalar_names`), float32, NaN = not known
+    text          [N, t, w]      embedding of the first line of the caption, float16, and
+                                 text.empty ([t, w]), that of the empty text
+    hole          [N, H, W]      1 = to be painted in, uint8
+    masked        [N, z, h, w]   mean of the posterior of the picture whose hole is filled
 
 `manifest.json` comes last and names every shard with its size and sha256. A set without it is
 unfinished and is refused.
@@ -54,6 +59,10 @@ COLUMNS = (
     "labelmap",
     "mask",
     "lowres",
+    "scalars",
+    "text",
+    "hole",
+    "masked",
 )
 STORED_DTYPES = {
     "float16": torch.float16,
@@ -89,11 +98,18 @@ def items_digest(items: Iterable[Item]) -> str:
             [
                 *(item.key, item.picture.size, item.label, item.caption, item.group, item.boxes),
                 *(blob.size if blob else None for blob in (item.mask, item.labelmap)),
+                *_asked_for(item),
             ]
         )
         for item in items
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _asked_for(item: Item) -> list[object]:
+    """What only some sets have of an item: nothing where it was not asked for, so that digests stay."""
+    found: list[object] = [["scalars", *item.scalars]] if item.scalars else []
+    return found if item.hole is None else [*found, ["hole", item.hole.size]]
 
 
 def joined_digest(digests: Iterable[str]) -> str:
@@ -121,12 +137,8 @@ def shard_tensors(
         DataError: a latent is not finite in the number format asked for.
     """
     moments = {"mean": mean} if std is None else {"mean": mean, "std": std}
-    finite = torch.stack([x.isfinite().flatten(1).all(1) for x in moments.values()]).all(0)
-    if not bool(finite.all()):
-        first = rows[int(finite.int().argmin())].item.key
-        raise DataError(
-            f"the latents of {first} are not finite as {mean.dtype}; try --dtype float32"
-        )
+    for values in moments.values():
+        require_finite(values, rows, "the latents", "try --dtype float32")
     return {
         **moments,
         "label": torch.tensor([row.item.label for row in rows], dtype=torch.int64),
@@ -136,6 +148,24 @@ def shard_tensors(
         **text_columns("group", [row.item.group for row in rows]),
         **extra,
     }
+
+
+def require_finite(values: Tensor, rows: Sequence[Row], what: str, advice: str) -> None:
+    """Check what is to be stored, in the number format it is stored in.
+
+    Args:
+        values: `[N, ...]`.
+        rows: what each belongs to.
+        what: the values are, for the error.
+        advice: what to do about it.
+
+    Raises:
+        DataError: some are NaN or infinite; the message names the picture.
+    """
+    finite = values.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        first = rows[int(finite.int().argmin())].item.key
+        raise DataError(f"{what} of {first} are not finite as {values.dtype}; {advice}")
 
 
 def box_columns(boxes: Sequence[Sequence[Box]]) -> dict[str, Tensor]:
@@ -175,7 +205,7 @@ def moments_of(
 
 def build_manifest(
     recipe: Facts,
-    names: tuple[tuple[str, ...], tuple[str, ...]],
+    names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]],
     latent_shape: tuple[int, int, int],
     shards: Sequence[WrittenShard],
 ) -> Manifest:
@@ -183,7 +213,7 @@ def build_manifest(
 
     Args:
         recipe: how the latents were made.
-        names: of the classes, and of the categories of boxes.
+        names: of the classes, of the categories of boxes, and of the scalars.
         latent_shape: z, height, width; a shard of another shape says so in its entry.
         shards: all of them.
 
@@ -208,6 +238,7 @@ def build_manifest(
         columns=shards[0].columns,
         class_names=names[0],
         box_names=names[1],
+        scalar_names=names[2],
         whitening=Whitening(mean=tuple(mean.tolist()), std=tuple(std.tolist())),
         shards=tuple(
             shard.entry.model_copy(update={"shape": None}) if plain else shard.entry

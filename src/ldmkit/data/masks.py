@@ -11,7 +11,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+
+from ldmkit.data.arrays import NPY_MAGIC, decode_npy
+from ldmkit.data.gaps import MASK_MODES
+from ldmkit.data.items import Blob
+from ldmkit.data.opening import open_picture
+from ldmkit.errors import DataError
 
 Hole = Bool[np.ndarray, "_height _width"]
 Size = tuple[int, int]
@@ -87,6 +93,32 @@ def margin(draw: np.random.Generator, size: Size) -> Hole:
     hole = np.ones(size, dtype=bool)
     hole[top : top + height, left : left + width] = False
     return hole
+
+
+def read_hole(blob: Blob, size: Size) -> Hole:
+    """A user's mask from a file: what is brighter than half is the hole.
+
+    Args:
+        blob: a grey or RGB picture, or a `.npy`.
+        size: height and width of the picture it belongs to, pixels.
+
+    Raises:
+        DataError: it is none, or has another size than its picture.
+    """
+    name = f"the hole mask {blob.name}"
+    data = blob.read()
+    if data.startswith(NPY_MAGIC):
+        raw = decode_npy(data, name, 1)
+    else:
+        with open_picture(data, name) as image:
+            if image.mode not in MASK_MODES:
+                raise DataError(f"{name} has pixels of mode {image.mode}; a mask is grey or RGB")
+            image = ImageOps.exif_transpose(image)
+            raw = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+    try:
+        return parse_mask(raw, size)
+    except ValueError as error:
+        raise DataError(f"{name} cannot be used: {error}") from error
 
 
 def parse_mask(raw: np.ndarray, size: Size) -> Hole:

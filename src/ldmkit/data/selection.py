@@ -8,7 +8,7 @@ from ldmkit.data.formats.sidecars import EMPTY_CAPTION, IMAGE_SUFFIXES, suffix_o
 from ldmkit.data.items import Item, Problem, Source, Span
 from ldmkit.errors import DataError
 
-LABELMAP_SUFFIXES = ("png", "npy")
+COMPANION_SUFFIXES = ("png", "npy")
 
 
 def only_keys(source: Source, file: Path) -> Source:
@@ -50,31 +50,53 @@ def with_labelmaps(source: Source, folder: Path) -> Source:
     Raises:
         DataError: there is no such folder.
     """
+    found, problems = _companions(source, folder, "label map", "--labelmaps")
+    items = [item._replace(labelmap=found[item.key]) for item in source.items if item.key in found]
+    return source._replace(items=items, problems=(*source.problems, *problems))
+
+
+def with_hole_masks(source: Source, folder: Path) -> Source:
+    """Give each picture the mask of its hole, of the same name, `.png` or `.npy`, below a folder.
+
+    A picture without one is an error and is left out.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    found, problems = _companions(source, folder, "hole mask", "--hole-masks")
+    items = [item._replace(hole=found[item.key]) for item in source.items if item.key in found]
+    return source._replace(items=items, problems=(*source.problems, *problems))
+
+
+def _companions(
+    source: Source, folder: Path, what: str, option: str
+) -> tuple[dict[str, Span], list[Problem]]:
+    """Key -> the file of the same name below a folder, and what does not match."""
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder} of label maps (--labelmaps)")
+        raise DataError(f"there is no folder {folder} of {what}s ({option})")
     problems: list[Problem] = []
-    maps: dict[str, Span] = {}
+    files: dict[str, Span] = {}
     for name, size in sorted(files_below(str(folder), problems)):
-        if suffix_of(name) not in LABELMAP_SUFFIXES:
+        if suffix_of(name) not in COMPANION_SUFFIXES:
             continue
         stem = name.rpartition(".")[0]
-        if stem in maps:
-            text = f"{folder}/{name} and {maps[stem].name} are label maps of one picture; keep one"
-            problems.append(Problem("two label maps", name, text))
-        maps[stem] = Span(f"{folder}/{name}", 0, size)
-    items, used = [], set()
+        if stem in files:
+            text = f"{folder}/{name} and {files[stem].name} are {what}s of one picture; keep one"
+            problems.append(Problem(f"two {what}s", name, text))
+        files[stem] = Span(f"{folder}/{name}", 0, size)
+    found: dict[str, Span] = {}
+    stems = {item.key: stem_of(item.key) for item in source.items}
     for item in source.items:
-        stem = stem_of(item.key)
-        used.add(stem)
-        if stem in maps:
-            items.append(item._replace(labelmap=maps[stem]))
+        stem = stems[item.key]
+        if stem in files:
+            found[item.key] = files[stem]
             continue
-        text = f"{item.name} has no label map: {folder}/{stem}.png or .npy is needed"
-        problems.append(Problem("missing label map", item.key, text))
-    for stem in maps.keys() - used:
-        text = f"{maps[stem].name} is the label map of no picture"
-        problems.append(Problem("label map without a picture", stem, text, "warning"))
-    return source._replace(items=items, problems=(*source.problems, *problems))
+        text = f"{item.name} has no {what}: {folder}/{stem}.png or .npy is needed"
+        problems.append(Problem(f"missing {what}", item.key, text))
+    for stem in sorted(files.keys() - set(stems.values())):
+        text = f"{files[stem].name} is the {what} of no picture"
+        problems.append(Problem(f"{what} without a picture", stem, text, "warning"))
+    return found, problems
 
 
 def empty_captions(items: Iterable[Item], known: Iterable[Problem]) -> list[Problem]:

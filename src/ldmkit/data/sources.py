@@ -18,7 +18,7 @@ from ldmkit.data.formats.webdataset import scan_tars
 from ldmkit.data.items import Item, Problem, Source
 from ldmkit.data.locations import shown
 from ldmkit.data.names import odd_names
-from ldmkit.data.selection import empty_captions, only_keys, with_labelmaps
+from ldmkit.data.selection import empty_captions, only_keys, with_hole_masks, with_labelmaps
 from ldmkit.data_configs import SourceConfig
 from ldmkit.errors import DataError
 from ldmkit.terminal import say
@@ -63,11 +63,13 @@ def scan_source(config: SourceConfig) -> Source:
     """
     found = detect_format(config)
     require_fitting_options(config, found)
-    source = FORMATS[found](config)
+    source = FORMATS[found](config)._replace(scalar_names=config.scalars or ())
     if config.keys is not None:
         source = only_keys(source, config.keys)
     if config.labelmaps is not None:
         source = with_labelmaps(source, config.labelmaps)
+    if config.hole_masks is not None:
+        source = with_hole_masks(source, config.hole_masks)
     captionless = empty_captions(source.items, source.problems)
     source = source._replace(problems=(*source.problems, *captionless, *odd_names(source.items)))
     if config.group_by is None:

@@ -14,6 +14,7 @@ from ldmkit.data.census import (
     duplicates,
     facts,
     incomplete,
+    missing_scalars,
     mixed,
     near_duplicates,
 )
@@ -72,6 +73,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
         ),
         *mixed(source.items, own),
         *incomplete(source.items, {(problem.kind, problem.where) for problem in source.problems}),
+        *missing_scalars(source),
         *classes(source),
         *duplicates(items, examined, parts),
         *near_duplicates(items, examined, parts, preprocessing),
@@ -172,6 +174,11 @@ def facts_as_text(found: dict[str, Any]) -> list[str]:
     ):
         if spread:
             lines.append(f"{name}: {spread['min']} to {spread['max']}, median {spread['median']:g}")
+    for name, spread in found["scalars"].items():
+        line = f"{one_line(name)}: missing in {spread['missing']} picture(s)"
+        if "min" in spread:
+            line += f", else {spread['min']:g} to {spread['max']:g}, median {spread['median']:g}"
+        lines.append(line)
     return lines
 
 

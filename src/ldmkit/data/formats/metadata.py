@@ -23,6 +23,7 @@ from ldmkit.data.formats.columns import (
     require_unicode,
 )
 from ldmkit.data.formats.folder import files_below
+from ldmkit.data.formats.scalars import missing_columns, scalars_of
 from ldmkit.data.formats.sidecars import EMPTY_CAPTION, IMAGE_SUFFIXES, MASK, suffix_of
 from ldmkit.data.formats.tables import EXAMPLES, Row, Table, read_table
 from ldmkit.data.items import NO_LABEL, Box, Item, Problem, Source, Span
@@ -40,6 +41,7 @@ class Columns(NamedTuple):
     file_name: str
     caption: str | None
     label: str | None
+    scalars: tuple[str, ...]
 
 
 class Line(NamedTuple):
@@ -53,6 +55,7 @@ class Line(NamedTuple):
     objects: object
     others: tuple[str, ...]
     """Paths in other `*_file_name` columns."""
+    scalars: tuple[float, ...]
 
 
 def scan_metadata(config: SourceConfig) -> Source:
@@ -69,15 +72,18 @@ def scan_metadata(config: SourceConfig) -> Source:
         raise DataError(f"no table in {root}: one of {', '.join(TABLES)} is needed")
     lines: list[Line] = []
     names: list[str] = []
+    seen: dict[str, None] = {}
     for name in tables:
         try:
             _require_one_table(root, name, tables)
             table = read_table(Path(root, name), problems)
             columns = _columns(table, f"{root}/{name}", config, problems)
+            seen |= dict.fromkeys(table.columns)
             names = names or huggingface_classes(table.metadata, columns.label)
             lines += _lines(table, columns, name, problems)
         except DataError as error:
             problems.append(Problem("bad table", f"{root}/{name}", str(error), "fatal"))
+    problems += missing_columns(config.scalars, seen, root)
     classes = classes_of((line.label for line in lines), names)
     boxes = classes_of(_categories(lines))
     items: dict[str, Item] = {}
@@ -130,7 +136,7 @@ def _columns(table: Table, where: str, config: SourceConfig, problems: list[Prob
             text += f" Rename it, or give {option} {close[0]}"
             problems.append(Problem("unknown column", where, text, "warning"))
         chosen.append(column)
-    return Columns((preferred or files)[0], *chosen)
+    return Columns((preferred or files)[0], chosen[0], chosen[1], config.scalars or ())
 
 
 def _lines(table: Table, columns: Columns, name: str, problems: list[Problem]) -> list[Line]:
@@ -150,8 +156,9 @@ def _lines(table: Table, columns: Columns, name: str, problems: list[Problem]) -
 
 
 def _line(row: Row, columns: Columns, folder: str, example: str) -> Line:
-    missing = [name for name in columns if name is not None and name not in row.values]
-    typo = misspelt([name for name in row.values if name not in columns], missing)
+    used = [name for name in columns[:3] if name is not None]
+    missing = [name for name in used if name not in row.values]
+    typo = misspelt([name for name in row.values if name not in used], missing)
     if typo is not None:
         raise DataError(
             f"{row.where} has no column {typo[1]}; did you mean {typo[1]} by {typo[0]}? {example}"
@@ -175,6 +182,7 @@ def _line(row: Row, columns: Columns, folder: str, example: str) -> Line:
             for name in others
             if values[name]
         ),
+        scalars_of(values, columns.scalars, row.where),
     )
 
 
@@ -224,6 +232,7 @@ def _item(
         caption=line.caption,
         mask=Span(f"{root}/{mask}", 0, sizes[mask]) if mask in sizes else None,
         boxes=_boxes(line, picture, classes[1], problems),
+        scalars=line.scalars,
     )
 
 

@@ -27,6 +27,7 @@ from ldmkit.data.formats.parquet_cells import (
     open_parquet,
     parquet_errors,
 )
+from ldmkit.data.formats.scalars import missing_columns, scalars_of
 from ldmkit.data.formats.sidecars import EMPTY_CAPTION, suffix_of
 from ldmkit.data.items import Item, Problem, Source
 from ldmkit.data_configs import SourceConfig
@@ -37,12 +38,13 @@ ROWS_AT_ONCE = 4096
 
 
 class Raw(NamedTuple):
-    """One row, its label not yet an index."""
+    """One row, its label not yet an index and its scalars not yet numbers."""
 
     key: str
     cell: ParquetCell
     caption: object
     label: object
+    scalars: dict[str, object]
 
 
 class Columns(NamedTuple):
@@ -51,6 +53,10 @@ class Columns(NamedTuple):
     picture: str
     caption: str | None
     label: str | None
+    scalars: tuple[str, ...]
+    """Those of the scalars that this file has."""
+    all: list[str]
+    """Names of all columns."""
 
 
 def scan_parquet(config: SourceConfig) -> Source:
@@ -67,32 +73,47 @@ def scan_parquet(config: SourceConfig) -> Source:
         raise DataError(f"no parquet file in {config.data}")
     rows: list[Raw] = []
     names: list[str] = []
+    seen: dict[str, None] = {}
     for name, path in files.items():
         try:
-            rows += _scan_file(name, path, config, names)
+            rows += _scan_file(name, path, config, names, seen)
         except DataError as error:
             problems.append(Problem("damaged parquet file", path, str(error), "fatal"))
+    problems += missing_columns(config.scalars, seen, config.data)
     classes = classes_of((row.label for row in rows), names)
     items = []
     for row in rows:
         try:
             label = label_of(row.label, classes, row.cell.name)
             caption = caption_of(row.caption, row.cell.name)
+            where = f"{row.cell.file}, row {row.cell.number}"
+            scalars = scalars_of(row.scalars, config.scalars, where)
         except DataError as error:
             problems.append(Problem("bad row", row.cell.name, str(error)))
             continue
-        items.append(Item(row.key, row.cell, label, caption))
+        items.append(Item(row.key, row.cell, label, caption, scalars=scalars))
         if row.caption is not None and not caption:
             text = f"{row.cell.name}: the caption is empty"
             problems.append(Problem(EMPTY_CAPTION, row.key, text, "warning"))
     return Source(items, classes.names, problems=tuple(problems))
 
 
-def _scan_file(name: str, path: str, config: SourceConfig, names: list[str]) -> list[Raw]:
-    """The rows of one file; the class names are those of the first file that has some."""
+def _scan_file(
+    name: str, path: str, config: SourceConfig, names: list[str], seen: dict[str, None]
+) -> list[Raw]:
+    """The rows of one file; the class names are those of the first file that has some.
+
+    Args:
+        name: of the file in keys.
+        path: of the file.
+        config: which columns to read.
+        names: of the classes, added to.
+        seen: names of all columns so far, added to.
+    """
     with parquet_errors(path):
         file = open_parquet(path)
         columns = _columns(file.schema_arrow, path, config)
+        seen.update(dict.fromkeys(columns.all))
         found = huggingface_classes(file.schema_arrow.metadata, columns.label)
         if names and found and found != names:
             raise DataError(f"{path} has other class names than the files before it")
@@ -123,6 +144,8 @@ def _columns(schema: Any, path: str, config: SourceConfig) -> Columns:  # noqa: 
         pictures[(known or list(pictures))[0]],
         pick_column(schema.names, config.caption_column, CAPTION_COLUMNS, "--caption-column", path),
         pick_column(schema.names, config.label_column, LABEL_COLUMNS, "--label-column", path),
+        tuple(name for name in config.scalars or () if name in schema.names),
+        list(schema.names),
     )
 
 
@@ -147,24 +170,28 @@ def _rows(file: Any, name: str, path: str, columns: Columns) -> Iterator[Raw]:  
     digits = len(str(file.metadata.num_rows))
     for group in range(file.metadata.num_row_groups):
         size = chunk_of(file, group, columns.picture).total_compressed_size
-        for row, (caption, label) in enumerate(_texts(file, group, columns)):
+        for row, values in enumerate(_values(file, group, columns)):
             cell = ParquetCell(path, group, row, columns.picture, number + 1, size)
-            yield Raw(f"{name}/{number:0{digits}d}", cell, caption, label)
+            caption, label = (
+                values.get(column) if column else None
+                for column in (columns.caption, columns.label)
+            )
+            scalars = {column: values.get(column) for column in columns.scalars}
+            yield Raw(f"{name}/{number:0{digits}d}", cell, caption, label, scalars)
             number += 1
 
 
-def _texts(file: Any, group: int, columns: Columns) -> Iterator[tuple[object, object]]:  # noqa: ANN401
-    """Caption and label of each row of a group."""
-    wanted = [name for name in (columns.caption, columns.label) if name is not None]
+def _values(file: Any, group: int, columns: Columns) -> Iterator[dict[str, object]]:  # noqa: ANN401
+    """Caption, label and scalars of each row of a group, by column."""
+    known = (columns.caption, columns.label, *columns.scalars)
+    wanted = list(dict.fromkeys(name for name in known if name is not None))
     if not wanted:
         for _ in range(file.metadata.row_group(group).num_rows):
-            yield None, None
+            yield {}
         return
     for batch in file.iter_batches(
         ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False
     ):
-        found = [
-            batch.column(name).to_pylist() if name else [None] * len(batch)
-            for name in (columns.caption, columns.label)
-        ]
-        yield from zip(*found, strict=True)
+        found = [batch.column(name).to_pylist() for name in wanted]
+        for row in zip(*found, strict=True):
+            yield dict(zip(wanted, row, strict=True))

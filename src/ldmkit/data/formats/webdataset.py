@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
 from ldmkit.data.downloads import TransferError
+from ldmkit.data.formats.scalars import missing_columns, scalars_of
 from ldmkit.data.formats.sidecars import IMAGE_SUFFIXES, MASK, MAX_TEXT_BYTES, suffix_of, text_of
 from ldmkit.data.items import NO_LABEL, Item, Problem, Source, Span
 from ldmkit.data.locations import CONTROL, expand, is_remote, shown
@@ -26,9 +27,19 @@ from ldmkit.errors import DataError
 LABELMAP = "labelmap.png"
 CLASSES = "classes.json"
 MAX_CLASSES = 1_000_000
+MAX_SEEN = 1000
+"""Keys of JSON that are remembered, to say what there is where a scalar is not."""
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_NAME_BYTES = 255
 """Of each part of a name; no file system takes longer ones."""
+
+
+class Scalars(NamedTuple):
+    """Which numbers of the JSON are asked for."""
+
+    names: tuple[str, ...]
+    seen: dict[str, None]
+    """Keys that occurred, added to."""
 
 
 class Tar(NamedTuple):
@@ -63,11 +74,14 @@ def scan_tars(config: SourceConfig) -> Source:
     problems: list[Problem] = []
     cache = cache_of(config)
     names = _tars(config.data)
+    scalars = Scalars(config.scalars or (), {})
     for tar in _opened(names, cache):
         try:
-            items += _scan_tar(tar, problems)
+            items += _scan_tar(tar, scalars, problems)
         except DataError as error:
             problems.append(Problem("damaged tar", tar.name, str(error), "fatal"))
+    where = f"the .json of {shown(config.data)}"
+    problems += missing_columns(scalars.names, scalars.seen, where)
     items = _unique(items, problems)
     largest = max((item.label for item in items), default=NO_LABEL)
     classes = _class_names(names[0], cache, largest) if names else ()
@@ -106,23 +120,24 @@ Places = dict[str, tuple[int, int]]
 """Extension -> (offset, size)."""
 
 
-def _scan_tar(tar: Tar, problems: list[Problem]) -> list[Item]:
+def _scan_tar(tar: Tar, scalars: Scalars, problems: list[Problem]) -> list[Item]:
     try:
         with tar.path.open("rb") as file:
-            return list(_items(tar, file, problems))
+            return list(_items(tar, file, scalars, problems))
     except OSError as error:
         raise DataError(f"cannot read {tar.name}: {error.strerror}") from error
 
 
-def _items(tar: Tar, file: BufferedIOBase, problems: list[Problem]) -> Iterator[Item]:
+def _items(
+    tar: Tar, file: BufferedIOBase, scalars: Scalars, problems: list[Problem]
+) -> Iterator[Item]:
     for key, places in _samples(file, tar, problems).items():
         try:
             item = _item(tar, key, places, file, problems)
+            if item is not None:
+                yield _told(item, tar, places, file, scalars)
         except DataError as error:
             problems.append(Problem("bad sidecar", f"{tar.name}/{key}", str(error)))
-            continue
-        if item is not None:
-            yield item
 
 
 def _samples(file: BufferedIOBase, tar: Tar, problems: list[Problem]) -> dict[str, Places]:
@@ -192,21 +207,30 @@ def _item(
         text = f"{where} has several pictures ({', '.join(pictures)}); the first is taken"
         problems.append(Problem("several pictures for one key", where, text, "warning"))
 
-    label, caption = NO_LABEL, ""
+    return Item(
+        key,
+        _blob(pictures[0], tar, key, places),
+        mask=_blob(MASK, tar, key, places) if MASK in places else None,
+        labelmap=_blob(LABELMAP, tar, key, places) if LABELMAP in places else None,
+    )
+
+
+def _told(item: Item, tar: Tar, places: Places, file: BufferedIOBase, scalars: Scalars) -> Item:
+    """An item with what the texts beside its picture say."""
+    where = f"{tar.name}/{item.key}"
+    label, caption, facts = NO_LABEL, "", dict[str, Any]()
     if "json" in places:
-        label, caption = _facts(_text("json", where, places, file), f"{where}.json")
+        facts = _object(_text("json", where, places, file), f"{where}.json")
+        label, caption = _facts(facts, f"{where}.json")
     if "cls" in places:
         label = _label(_text("cls", where, places, file), f"{where}.cls")
     if "txt" in places:
         caption = _text("txt", where, places, file) or caption
-    return Item(
-        key,
-        _blob(pictures[0], tar, key, places),
-        label,
-        caption,
-        mask=_blob(MASK, tar, key, places) if MASK in places else None,
-        labelmap=_blob(LABELMAP, tar, key, places) if LABELMAP in places else None,
-    )
+    for name in facts if scalars.names else ():
+        if name in scalars.names or len(scalars.seen) < MAX_SEEN:
+            scalars.seen[name] = None
+    numbers = scalars_of(facts, scalars.names, f"{where}.json")
+    return item._replace(label=label, caption=caption, scalars=numbers)
 
 
 def _blob(suffix: str, tar: Tar, key: str, places: Places) -> Span | RemoteSpan:
@@ -219,14 +243,18 @@ def _text(suffix: str, where: str, places: Places, file: BufferedIOBase) -> str:
     return text_of(file.read(min(size, MAX_TEXT_BYTES + 1)), f"{where}.{suffix}")
 
 
-def _facts(text: str, where: str) -> tuple[int, str]:
-    """Label and caption of a sample's JSON; each may be absent or null."""
+def _object(text: str, where: str) -> dict[str, Any]:
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is no JSON object ({error})") from error
     if not isinstance(facts, dict):
         raise DataError(f"{where} is no JSON object, but holds {text[:20]!r}")
+    return facts
+
+
+def _facts(facts: dict[str, Any], where: str) -> tuple[int, str]:
+    """Label and caption of a sample's JSON; each may be absent or null."""
     label, caption = facts.get("label"), facts.get("caption")
     absent = label is None or (isinstance(label, float) and math.isnan(label))
     lines = [] if caption is None else caption if isinstance(caption, list) else [caption]
