@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ldmkit.condition_configs import EmbeddedTextCondition, EmbeddedTextOptions
@@ -135,8 +134,7 @@ def _build(config: EmbeddedTextCondition, widths: Widths) -> StoredTextCondition
 
 def _start(conditioner: nn.Module, latents: LatentSet) -> None:
     assert isinstance(conditioner, StoredTextConditioner)  # noqa: S101 - `_build` made it
-    with safe_open(latents.directory / latents.manifest.shards[0].name, "pt") as shard:
-        conditioner.set_empty(shard.get_tensor("text.empty"))
+    conditioner.set_empty(latents.empty_text())
 
 
 def _reader(
