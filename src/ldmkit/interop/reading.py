@@ -30,25 +30,23 @@ def read_autoencoder(source: Path) -> Imported:
         DataError: it is missing, damaged, or not an autoencoder that ours can express.
     """
     if not source.is_dir():
-        tensors, metadata = _read_tensors(source)
-        imported = from_ldm(tensors, str(source), legacy_commitment=_is_legacy(metadata))
-        resolution = metadata.get(RESOLUTION_KEY, "")
-        return imported._replace(size=int(resolution) if resolution.isdecimal() else None)
+        return autoencoder_in(*read_file(source), str(source))
     folders = (source / name for name in SUBFOLDERS)
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), source)
     page = _read_page(folder / "config.json")
     weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise DataError(f"{folder} has none of {', '.join(WEIGHTS_FILES)}")
-    tensors, metadata = _read_tensors(weights)
+    tensors, metadata = read_file(weights)
     return from_diffusers(tensors, page, str(folder), legacy_commitment=_is_legacy(metadata))
 
 
-def _is_legacy(metadata: dict[str, str]) -> bool:
-    return metadata.get(LEGACY_KEY, "true") == "true"
+def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """All tensors of a file, pickled or safetensors, and what the latter's header says beside them.
 
-
-def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    Raises:
+        DataError: it is missing, damaged, or a file of ldmkit already.
+    """
     if path.suffix in PICKLED:
         return read_pickled_tensors(path), {}
     try:
@@ -59,6 +57,21 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def autoencoder_in(tensors: Tensors, metadata: dict[str, str], source: str) -> Imported:
+    """The autoencoder among the tensors of a file of the ldm layout.
+
+    Raises:
+        DataError: there is none, or it is not one that ours can express.
+    """
+    imported = from_ldm(tensors, source, legacy_commitment=_is_legacy(metadata))
+    resolution = metadata.get(RESOLUTION_KEY, "")
+    return imported._replace(size=int(resolution) if resolution.isdecimal() else None)
+
+
+def _is_legacy(metadata: dict[str, str]) -> bool:
+    return metadata.get(LEGACY_KEY, "true") == "true"
 
 
 def _read_page(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`ldmkit export`: an autoencoder file of ours in, one that other projects read out."""
+"""`ldmkit export`: a model file of ours in, one that other projects read out."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from ldmkit.facts import Whitening
 from ldmkit.interchange_configs import ExportConfig
 from ldmkit.interop import diffusers_layout, ldm_layout
 from ldmkit.interop.layout import Tensors
+from ldmkit.interop.ldm_export import export_whole_model
 from ldmkit.interop.parity import compare, diffusers_model, ours, require_parity
 from ldmkit.interop.reading import LEGACY_KEY, RESOLUTION_KEY, WEIGHTS_FILES, read_autoencoder
 from ldmkit.manifest import read_manifest
@@ -22,7 +23,7 @@ from ldmkit.terminal import say
 
 
 def export(config: ExportConfig) -> Path:
-    """Write an autoencoder in another project's layout, and prove it by running both.
+    """Write an autoencoder, or a whole model, in another project's layout, and prove it by running both.
 
     What was written is read back by `ldmkit import`'s code, and by diffusers where that is
     installed; encoding and decoding one random picture must agree within 1e-4, or nothing is left.
@@ -43,6 +44,10 @@ def export(config: ExportConfig) -> Path:
         raise UsageError("--scale channel needs --latents, whose statistics to write")
     if config.out.exists():
         raise UsageError(f"{config.out} exists: give another --out, or remove it first")
+    if config.diffusion is not None:
+        if config.to != "ldm":
+            raise UsageError("--diffusion: whole models are written with --to ldm only")
+        return export_whole_model(config, config.diffusion)
     facts = autoencoder_facts(config.ae)
     model = load_autoencoder(config.ae)
     bottleneck = model.config.bottleneck
