@@ -99,7 +99,7 @@ def bring_in(source: Path, folder: Path, **options) -> Path:
 def send_out(ae: Path, to: str, folder: Path, **options) -> Path:
     out = folder / ("theirs.safetensors" if to == "ldm" else "theirs")
     return ldmkit.export(
-        ldmkit.ExportConfig.model_validate({"ae": ae, "to": to, "out": out} | options)
+        ldmkit.ExportConfig.model_validate({"model": ae, "to": to, "out": out} | options)
     )
 
 

@@ -438,11 +438,11 @@ REFUSALS = {
         {"alphas_cumprod": linear_tables(end=0.012)["alphas_cumprod"]}, "is none of scaled-linear"
     ),
     "no-table-shape": Refusal({"betas": torch.zeros(())}, r"betas of shape \[\] is no table"),
-    "no-scale": Refusal({"scale_factor": None}, "has no scale_factor: give --scale-factor"),
+    "no-scale": Refusal({"scale_factor": None}, "has no scale_factor: give --scaling-factor"),
     "scale-nan": Refusal(
         {"scale_factor": torch.tensor(-1.0)}, "scale_factor is no positive number"
     ),
-    "scale-typed": Refusal({}, "says 0.25; leave it out", {"scale_factor": 0.5}),
+    "scale-typed": Refusal({}, "says 0.25; leave it out", {"scaling_factor": 0.5}),
     "ema-missing": Refusal(
         {ema_name("out.2.bias"): None}, "lacks tensor model_ema.diffusion_modelout2bias"
     ),
@@ -546,7 +546,7 @@ def write_ours(folder: Path, *, bottleneck="kl", mean=0.0, std: Any = 2.0, **cha
 
 
 def send_out(ours: Ours, out: Path, **options) -> Path:
-    settings = {"ae": ours.ae, "diffusion": ours.ldm, "to": "ldm", "out": out} | options
+    settings = {"model": ours.ldm, "ae": ours.ae, "to": "ldm", "out": out} | options
     return ldmkit.export(ldmkit.ExportConfig.model_validate(settings))
 
 
@@ -607,7 +607,7 @@ def test_whitening_by_channel_goes_into_the_autoencoder(tmp_path, bottleneck):
 def test_the_page_beside_is_what_the_original_code_reads(tmp_path, run):
     ours = write_ours(tmp_path, classes=3, std=4.0)
     out = tmp_path / "whole.safetensors"
-    done = run("export", ours.ae, "--diffusion", ours.ldm, "--to", "ldm", "--out", out)
+    done = run("export", ours.ldm, "--ae", ours.ae, "--to", "ldm", "--out", out)
     assert (done.returncode, done.stdout) == (0, f"{out}\n".encode()), done.stderr
     page = (tmp_path / "whole.yaml").read_text()
     for line in (
@@ -651,9 +651,11 @@ def test_what_the_layout_cannot_say_is_named(tmp_path, changes, words):
 def test_options_that_do_not_go_with_whole_models(tmp_path):
     ours = write_ours(tmp_path)
     for options, words in (
-        ({"to": "diffusers"}, "with --to ldm only"),
+        ({"to": "diffusers"}, "a diffusion model goes to ldm"),
+        ({"ae": None}, "give the autoencoder's with --ae FILE"),
+        ({"model": ours.ae}, "--ae goes with a diffusion model"),
         ({"out": tmp_path / "folder"}, r"name it \*\.safetensors"),
-        ({"latents": tmp_path}, "in its own whitening"),
+        ({"latents": tmp_path}, "has its own whitening"),
     ):
         with pytest.raises(UsageError, match=words):
             send_out(ours, **{"out": tmp_path / "w.safetensors", **options})

@@ -42,7 +42,7 @@ class ImportConfig(Config):
         " shape, where there is one)",
     )
     head_channels: Positive | None = field(None, "Whole model, instead: width of an attention head")
-    scale_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = field(
+    scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = field(
         None, "Whole model: what raw latents were multiplied by (default: what the source says)"
     )
     null_class: Literal["auto", "last", "none"] = field(
@@ -63,16 +63,14 @@ class ImportConfig(Config):
 class ExportConfig(Config):
     """Write a model so that other projects read it, and check that by running both."""
 
-    ae: Path = argument("Autoencoder file")
-    diffusion: Path | None = field(
-        None, "Model file of a diffusion model of this autoencoder: both are written, as one (ldm)"
-    )
+    model: Path = argument("Autoencoder or diffusion model file")
+    ae: Path | None = field(None, "Diffusion model: autoencoder file of its latents")
     to: Literal["diffusers", "ldm"] = field(
         "diffusers", "A folder for diffusers, or one file in the original layout and a .yaml beside"
     )
     out: Path = field(Path("runs/exported"), "Folder, or file (ldm)", short="-o")
     latents: Path | None = field(
-        None, "Latent set of this autoencoder, whose statistics become the scale of the latents"
+        None, "Autoencoder: latent set of its own, whose statistics become the scale of the latents"
     )
     scale: Literal["scalar", "channel"] = field(
         "scalar",

@@ -21,14 +21,14 @@ from ldmkit.diffusion_configs import DiffusionConfig, schedule_name
 from ldmkit.durable import atomic_file
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import DiffusionFacts, Facts
-from ldmkit.interchange_configs import ExportConfig, ImportConfig
+from ldmkit.interchange_configs import ImportConfig
 from ldmkit.interop import ldm_layout
 from ldmkit.interop.layout import Tensors
 from ldmkit.interop.ldm_model import CLASS_TABLE, DESCRIPTION_KEY, LABEL, SCALE, read_checkpoint
 from ldmkit.interop.ldm_schedule import schedule_buffers
 from ldmkit.interop.ldm_whitening import with_one_scale
 from ldmkit.interop.parity import MIN_SIDE, TOLERANCE
-from ldmkit.interop.reading import LEGACY_KEY, RESOLUTION_KEY, read_file
+from ldmkit.interop.reading import LEGACY_KEY, RESOLUTION_KEY, read_tensors
 from ldmkit.interop.unet_layout import LDM_PREFIX, UNET_LDM, to_foreign_unet
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.terminal import say
@@ -51,7 +51,7 @@ class Difference(NamedTuple):
         return ", ".join(f"{name} {value:.2g}" for name, value in self._asdict().items())
 
 
-def export_whole_model(config: ExportConfig, diffusion: Path) -> Path:
+def export_whole_model(diffusion: Path, ae: Path | None, out: Path) -> Path:
     """Write both stages as one checkpoint of the original code, and prove it by reading it back.
 
     The weights are those of the model file, which are the averaged ones: there is no second copy as
@@ -59,28 +59,30 @@ def export_whole_model(config: ExportConfig, diffusion: Path) -> Path:
     whitening goes into the 1x1 convolutions around the latents, which is exact.
 
     Args:
-        config: the autoencoder, and where to write.
         diffusion: the diffusion model's file.
+        ae: file of its autoencoder.
+        out: where to write.
 
     Returns:
         The file; its `.yaml` lies beside it.
 
     Raises:
         DataError: the layout cannot express the model, or what was written differs.
-        UsageError: the output is not one file, or an option does not go with whole models.
+        UsageError: the output is not one file, or the autoencoder is not given.
     """
-    out = config.out
+    if ae is None:
+        raise UsageError(
+            "--to ldm writes both stages as one file: give the autoencoder's with --ae FILE"
+        )
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: the ldm layout is one file, name it *.safetensors")
-    if config.latents is not None:
-        raise UsageError("--latents: the scale of a whole model's latents is in its own whitening")
     facts = diffusion_facts(diffusion)
-    require_same_autoencoder(facts.autoencoder, config.ae, f"the latents of {diffusion}")
-    model, stage = load_diffusion(diffusion), autoencoder_facts(config.ae)
+    require_same_autoencoder(facts.autoencoder, ae, f"the latents of {diffusion}")
+    model, stage = load_diffusion(diffusion), autoencoder_facts(ae)
     _require_expressible(model, facts, str(diffusion))
-    autoencoder = load_autoencoder(config.ae)
+    autoencoder = load_autoencoder(ae)
     if autoencoder.config.bottleneck == "identity":
-        raise DataError(f"{config.ae} has no networks (bottleneck identity): nothing to export")
+        raise DataError(f"{ae} has no networks (bottleneck identity): nothing to export")
     scaled, scale = with_one_scale(autoencoder, model.latent_mean, model.latent_std)
     tensors = whole_tensors(model, scaled, autoencoder, scale)
     metadata = {
@@ -171,7 +173,7 @@ def _description(config: DiffusionConfig, facts: DiffusionFacts) -> Facts:
 @torch.no_grad()
 def _compare(model: LatentDiffusion, autoencoder: Autoencoder, written: Path) -> Difference:
     """Run both stages of the model and of the file on one random picture, noise level and label."""
-    back = read_checkpoint(*read_file(written), ImportConfig(source=written))
+    back = read_checkpoint(*read_tensors(written), ImportConfig(source=written))
     other, stage = back.model, back.first_stage
     assert stage is not None  # noqa: S101 - it was written a moment ago
     generator = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ OF_WHOLE_MODELS = (
     "parameterization",
     "heads",
     "head_channels",
-    "scale_factor",
+    "scaling_factor",
     "null_class",
 )
 

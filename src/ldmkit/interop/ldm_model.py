@@ -87,7 +87,7 @@ def read_checkpoint(tensors: Tensors, metadata: dict[str, str], config: ImportCo
         "latent_channels": shape.out_channels,
         "classes": len(names),
     }
-    scale = _scale(tensors, config.scale_factor, first_stage, shape, source)
+    scale = _scale(tensors, config.scaling_factor, first_stage, shape, source)
     model = _build(validated(DiffusionConfig, settings, source), unet, table, scale, source)
     trained: Facts = {
         "imported_from": source,
@@ -227,7 +227,7 @@ def _scale(
         if not 0.0 < value < float("inf"):
             raise DataError(f"{source}: tensor {SCALE} is no positive number")
         if typed is not None and abs(typed - value) > 1e-3 * value:
-            raise UsageError(f"--scale-factor {typed}: {source} says {value:.6g}; leave it out")
+            raise UsageError(f"--scaling-factor {typed}: {source} says {value:.6g}; leave it out")
         return value
     if typed is not None:
         return typed
@@ -236,7 +236,7 @@ def _scale(
         known = 1.0  # that of every published model on codes
     if known is None:
         raise DataError(
-            f"{source} has no {SCALE}: give --scale-factor, as in the config it was trained with (1.0 "
+            f"{source} has no {SCALE}: give --scaling-factor, as in the config it was trained with (1.0 "
             "where that has none)"
         )
     return known

@@ -30,18 +30,18 @@ def read_autoencoder(source: Path) -> Imported:
         DataError: it is missing, damaged, or not an autoencoder that ours can express.
     """
     if not source.is_dir():
-        return autoencoder_in(*read_file(source), str(source))
+        return autoencoder_in(*read_tensors(source), str(source))
     folders = (source / name for name in SUBFOLDERS)
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), source)
     page = _read_page(folder / "config.json")
     weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise DataError(f"{folder} has none of {', '.join(WEIGHTS_FILES)}")
-    tensors, metadata = read_file(weights)
+    tensors, metadata = read_tensors(weights)
     return from_diffusers(tensors, page, str(folder), legacy_commitment=_is_legacy(metadata))
 
 
-def read_file(path: Path) -> tuple[Tensors, dict[str, str]]:
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """All tensors of a file, pickled or safetensors, and what the latter's header says beside them.
 
     Raises:

@@ -9,6 +9,7 @@ import safetensors.torch
 from ldmkit.assembly import autoencoder_facts, load_autoencoder, require_same_autoencoder
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
+from ldmkit.container import read_header
 from ldmkit.durable import atomic_directory, atomic_file
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import Whitening
@@ -44,22 +45,22 @@ def export(config: ExportConfig) -> Path:
         raise UsageError("--scale channel needs --latents, whose statistics to write")
     if config.out.exists():
         raise UsageError(f"{config.out} exists: give another --out, or remove it first")
-    if config.diffusion is not None:
-        if config.to != "ldm":
-            raise UsageError("--diffusion: whole models are written with --to ldm only")
-        return export_whole_model(config, config.diffusion)
-    facts = autoencoder_facts(config.ae)
-    model = load_autoencoder(config.ae)
+    if read_header(config.model).kind == "diffusion":
+        return _export_diffusion(config)
+    if config.ae is not None:
+        raise UsageError(f"--ae goes with a diffusion model; {config.model} is none")
+    facts = autoencoder_facts(config.model)
+    model = load_autoencoder(config.model)
     bottleneck = model.config.bottleneck
     if bottleneck == "identity":
-        raise DataError(f"{config.ae} has no networks (bottleneck identity): nothing to export")
+        raise DataError(f"{config.model} has no networks (bottleneck identity): nothing to export")
     if bottleneck == "deterministic":
         say("no layout has latents without noise: written as KL with a standard deviation of 3e-7")
     statistics = None
     if config.latents is not None:
         manifest = read_manifest(config.latents)
         wanted = str(manifest.recipe.get("autoencoder"))
-        require_same_autoencoder(wanted, config.ae, f"the latents in {config.latents}")
+        require_same_autoencoder(wanted, config.model, f"the latents in {config.latents}")
         statistics = manifest.whitening
     if config.to == "diffusers":
         scaling = _scaling(config, statistics, quantised=bottleneck == "vq")
@@ -67,6 +68,14 @@ def export(config: ExportConfig) -> Path:
     else:
         _write_ldm(config.out, model, facts.preprocessing, statistics)
     return config.out
+
+
+def _export_diffusion(config: ExportConfig) -> Path:
+    if config.latents is not None or config.scale != "scalar":
+        raise UsageError("--latents and --scale: a diffusion model has its own whitening")
+    if config.to != "ldm":
+        raise UsageError(f"--to {config.to}: a diffusion model goes to ldm")
+    return export_whole_model(config.model, config.ae, config.out)
 
 
 def _write_diffusers(

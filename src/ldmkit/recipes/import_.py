@@ -7,7 +7,7 @@ from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.errors import UsageError
 from ldmkit.interchange_configs import ImportConfig
 from ldmkit.interop.ldm_import import import_whole_model, wants_whole_model
-from ldmkit.interop.reading import autoencoder_in, read_autoencoder, read_file
+from ldmkit.interop.reading import autoencoder_in, read_autoencoder, read_tensors
 from ldmkit.terminal import say
 
 DEFAULT_OUT = Path("runs/ae/autoencoder.safetensors")
@@ -33,7 +33,7 @@ def import_(config: ImportConfig) -> Path:
     out = config.out or DEFAULT_OUT
     if config.out is not None:
         _require_absent(config.out)
-    tensors, metadata = ({}, {}) if config.source.is_dir() else read_file(config.source)
+    tensors, metadata = ({}, {}) if config.source.is_dir() else read_tensors(config.source)
     if wants_whole_model(config, tensors):
         return import_whole_model(config, tensors, metadata)
     _require_absent(out)
