@@ -33,11 +33,8 @@ def read_autoencoder(source: Path) -> Imported:
         return autoencoder_in(*read_tensors(source), str(source))
     folders = (source / name for name in SUBFOLDERS)
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), source)
-    page = _read_page(folder / "config.json")
-    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
-    if weights is None:
-        raise DataError(f"{folder} has none of {', '.join(WEIGHTS_FILES)}")
-    tensors, metadata = read_tensors(weights)
+    page = read_page(folder / "config.json")
+    tensors, metadata = read_tensors(weights_of(folder))
     return from_diffusers(tensors, page, str(folder), legacy_commitment=_is_legacy(metadata))
 
 
@@ -74,7 +71,24 @@ def _is_legacy(metadata: dict[str, str]) -> bool:
     return metadata.get(LEGACY_KEY, "true") == "true"
 
 
-def _read_page(path: Path) -> dict[str, Any]:
+def weights_of(folder: Path) -> Path:
+    """The file with the weights of a model in a folder of diffusers.
+
+    Raises:
+        DataError: there is none.
+    """
+    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        raise DataError(f"{folder} has none of {', '.join(WEIGHTS_FILES)}")
+    return weights
+
+
+def read_page(path: Path) -> dict[str, Any]:
+    """A JSON file that is one table of settings.
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
     try:
         with path.open("rb") as file:
             page = json.loads(file.read(MAX_PAGE_BYTES))
