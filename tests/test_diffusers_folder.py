@@ -24,6 +24,7 @@ from ldmkit.assembly import (
     save_diffusion,
 )
 from ldmkit.autoencoder_configs import AutoencoderConfig, CodebookConfig, PreprocessingConfig
+from ldmkit.condition_configs import ClassCondition
 from ldmkit.diffusion.samplers import sample_ddim
 from ldmkit.diffusion.schedule import DiscreteSchedule
 from ldmkit.diffusion_configs import (
@@ -72,12 +73,22 @@ def disturb(model) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
+def classes_of(count: int, way="tokens") -> tuple[ClassCondition, ...]:
+    names = CLASSES[:count]
+    return (ClassCondition.model_validate({"names": names, "way": way}),) if count else ()
+
+
+def condition(model: LatentDiffusion, labels: torch.Tensor):
+    return model.condition({"class": labels[:, None]})
+
+
 def write_pair(
     folder: Path,
     *,
     bottleneck="kl",
     whitening=SCALAR,
     classes=0,
+    way="tokens",
     parameterization="epsilon",
     schedule: dict[str, Any] | None = None,
     unet: dict[str, Any] | None = None,
@@ -105,7 +116,7 @@ def write_pair(
         schedule=ScheduleConfig.model_validate(schedule or {}),
         parameterization=cast(ParameterizationName, parameterization),
         latent_channels=3,
-        classes=classes,
+        conditions=classes_of(classes, way),
     )
     model = LatentDiffusion(config)
     disturb(model)
@@ -115,7 +126,6 @@ def write_pair(
         autoencoder=autoencoder_facts(pair.ae).fingerprint,
         latent_shape=shape,
         whitening=whitening,
-        class_names=CLASSES[:classes],
         trained={},
         versions={},
     )
@@ -129,9 +139,9 @@ def send_out(pair: Pair, folder: Path, **changes) -> Path:
 
 
 def bring_in(source: Path, folder: Path, **changes) -> Pair:
-    config = {"source": source, "out": folder / "back" / "model.safetensors"} | changes
-    model = ldmkit.import_(ldmkit.ImportConfig.model_validate(config))
-    return Pair(model, changes.get("ae") or model.with_name("autoencoder.safetensors"))
+    config = {"source": source, "out": folder / "back"} | changes
+    out = ldmkit.import_(ldmkit.ImportConfig.model_validate(config))
+    return Pair(out / "diffusion.safetensors", changes.get("ae") or out / "autoencoder.safetensors")
 
 
 def noise(count=2, shape=(3, 8, 8)):
@@ -143,7 +153,7 @@ def drawn(pair: Pair, labels=None, guidance=1.0, steps=STEPS, start=None):
     """Pictures by our sampler, from unit noise."""
     model, start = load_diffusion(pair.model), noise() if start is None else start
     labels = torch.full((len(start),), -1) if labels is None else labels
-    told, nothing = model.condition(labels), model.null(len(start))
+    told, nothing = condition(model, labels), condition(model, torch.full_like(labels, -1))
 
     def denoise(x, sigma):
         conditional = model.denoise(x, sigma, told)
@@ -181,6 +191,7 @@ def assert_close(found, wanted, share):
         ("kl", 0, "v", BY_CHANNEL),
         ("kl", 3, "epsilon", BY_CHANNEL),
         ("kl", 3, "v", SCALAR),
+        ("kl", -3, "epsilon", BY_CHANNEL),
         ("vq", 0, "v", SHIFTED),
         ("vq", 3, "epsilon", BY_CHANNEL),
         ("deterministic", 0, "epsilon", BY_CHANNEL),
@@ -190,24 +201,26 @@ def assert_close(found, wanted, share):
 def test_out_and_in_again_is_the_same_function(
     tmp_path, bottleneck, classes, parameterization, whitening
 ):
+    way, classes = "tokens" if classes > 0 else "vector", abs(classes)
     pair = write_pair(
         tmp_path,
         whitening=whitening,
         bottleneck=bottleneck,
         classes=classes,
+        way=way,
         parameterization=parameterization,
     )
     back = bring_in(send_out(pair, tmp_path), tmp_path)
     mine, again = load_diffusion(pair.model), load_diffusion(back.model)
     facts = diffusion_facts(back.model)
-    assert facts.class_names == CLASSES[:classes]
+    assert again.config.conditions == mine.config.conditions == classes_of(classes, way)
     assert facts.latent_shape == (3, 8, 8)
     assert facts.autoencoder == autoencoder_facts(back.ae).fingerprint
     x, sigma = noise(), torch.tensor([0.3, 4.0])
     labels = torch.tensor([min(classes, 1), -1])
-    wanted = mine.denoise(x, sigma, mine.condition(labels))
+    wanted = mine.denoise(x, sigma, condition(mine, labels))
     torch.testing.assert_close(
-        again.denoise(x, sigma, again.condition(labels)), wanted, rtol=0, atol=1e-6
+        again.denoise(x, sigma, condition(again, labels)), wanted, rtol=0, atol=1e-6
     )
     decoded = precisely_decoded(load_autoencoder(pair.ae), mine.unwhiten(x))
     assert_close(precisely_decoded(load_autoencoder(back.ae), again.unwhiten(x)), decoded, 1e-6)
@@ -296,9 +309,10 @@ def test_the_pipeline_of_diffusers_draws_the_same(
         {"classes": 3, "bottleneck": "vq", "whitening": BY_CHANNEL, "parameterization": "v"},
         {"parameterization": "flow", "schedule": {"shift": 3.0}, "whitening": SHIFTED},
         {"classes": 2, "parameterization": "flow", "unet": {"head_channels": 4}},
+        {"classes": 3, "way": "vector"},
         {"shape": (3, 8, 16)},
     ],
-    ids=["classes", "codebook", "flow", "flow-classes", "oblong"],
+    ids=["classes", "codebook", "flow", "flow-classes", "added-classes", "oblong"],
 )
 def test_the_program_in_the_folder_draws_the_same(diffusers, tmp_path, changes):
     pair = write_pair(tmp_path, **changes)
@@ -329,7 +343,7 @@ def test_their_scheduler_has_our_noise_levels(diffusers, name, stretched):
         schedule=ScheduleConfig(kind=name, zero_terminal_snr=stretched, timesteps=200),
         parameterization="v",
         latent_channels=3,
-        classes=0,
+        conditions=(),
     )
     page = schedule_page(config)
     scheduler = diffusers.DDIMScheduler.from_config(page)
@@ -388,9 +402,7 @@ def test_a_folder_that_diffusers_saved_denoises_the_same_here(diffusers, tmp_pat
     step = scheduler.step(theirs(x, t).sample, t, x).pred_original_sample
     alpha_bar = scheduler.alphas_cumprod[t]
     sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
-    clean = mine.denoise(
-        x / alpha_bar.sqrt(), sigma.expand(2), mine.condition(torch.zeros(2).long())
-    )
+    clean = mine.denoise(x / alpha_bar.sqrt(), sigma.expand(2), mine.condition({}))
     torch.testing.assert_close(clean.clamp(-1, 1), step, rtol=0, atol=1e-5)
     assert (clean.abs() < 1).float().mean() > 0.2
 
@@ -414,7 +426,7 @@ def test_a_bare_unet_takes_the_autoencoder_that_is_given(diffusers, tmp_path):
     for source in (folder, folder / "unet"):
         with pytest.raises(UsageError, match=r"by which factor .* --scaling-factor"):
             bring_in(source, tmp_path, ae=pair.ae)
-    with pytest.raises(UsageError, match="has no autoencoder"):
+    with pytest.raises(UsageError, match="holds no autoencoder"):
         bring_in(folder / "unet", tmp_path)
     back = bring_in(folder / "unet", tmp_path, ae=pair.ae, scaling_factor=0.25)
     facts = diffusion_facts(back.model)
@@ -442,7 +454,7 @@ def test_old_names_of_attention_are_known(diffusers, tmp_path):
     for there, old in renamed.items():
         tensors = {name.replace(there, old): tensor for name, tensor in tensors.items()}
     safetensors.torch.save_file(tensors, path)
-    again = bring_in(folder, tmp_path, out=tmp_path / "old" / "model.safetensors")
+    again = bring_in(folder, tmp_path, out=tmp_path / "old")
     assert diffusion_facts(again.model).fingerprint == diffusion_facts(new.model).fingerprint
 
 
@@ -458,7 +470,6 @@ def refuse_unet(page, changes, words):
     ("changes", "words"),
     [
         ({"class_embed_type": "timestep"}, "class_embed_type 'timestep' has no counterpart"),
-        ({"num_class_embeds": 10}, "num_class_embeds 10"),
         ({"freq_shift": 1}, "freq_shift 1 has no counterpart here, where it is 0"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos False"),
         ({"norm_eps": 1e-6}, "norm_eps"),
@@ -499,6 +510,7 @@ def test_settings_without_counterpart_are_named(changes, words):
         ({"attention_head_dim": None}, "attention_head_dim 0 does not divide"),
         ({"attention_head_dim": [2, 8]}, "neither one number of heads nor one width"),
         ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type UNetMidBlock2D"),
+        ({"num_class_embeds": 10}, "num_class_embeds 10 beside tokens"),
         ({"cross_attention_dim": [12, 24]}, "cross_attention_dim .* varies by level"),
     ],
 )
@@ -587,8 +599,6 @@ def test_files_and_options_that_do_not_go_together(diffusers, tmp_path, monkeypa
         send_out(pair, tmp_path, ae=other.ae)
     with pytest.raises(UsageError, match="give the autoencoder"):
         send_out(pair, tmp_path, ae=None)
-    with pytest.raises(UsageError, match="goes to diffusers"):
-        send_out(pair, tmp_path, to="ldm")
     with pytest.raises(UsageError, match="has its own whitening"):
         send_out(pair, tmp_path, scale="channel")
     with pytest.raises(UsageError, match="is an autoencoder"):
@@ -598,13 +608,53 @@ def test_files_and_options_that_do_not_go_together(diffusers, tmp_path, monkeypa
         send_out(pair, tmp_path)
     with pytest.raises(UsageError, match="exists"):
         bring_in(folder, tmp_path, out=pair.model)
-    with pytest.raises(UsageError, match="that name is the autoencoder's"):
-        bring_in(folder, tmp_path, out=tmp_path / "new" / "autoencoder.safetensors")
-    with pytest.raises(UsageError, match="holds no diffusion model"):
-        bring_in(folder / "vqvae", tmp_path, scaling_factor=1.0)
+    with pytest.raises(UsageError, match="exists"):
+        bring_in(folder, tmp_path, out=tmp_path / "other")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UsageError, match=r"ldmkit\[diffusers\]"):
         send_out(pair, tmp_path, out=tmp_path / "without")
+
+
+def test_options_that_mean_nothing_for_a_folder_are_refused(diffusers, tmp_path):
+    pair = write_pair(tmp_path)
+    folder = send_out(pair, tmp_path)
+    for changes, words in (
+        ({"heads": 2}, "--heads means nothing here: .* config.json says it"),
+        ({"head_channels": 8}, "--head-channels means nothing here"),
+        ({"weights": "ema"}, "--weights means nothing here: .* one set of weights"),
+        ({"null_class": "last"}, "--null-class means nothing here: .* no table of classes"),
+        ({"parameterization": "v"}, "--parameterization v: .* says epsilon; leave it out"),
+        ({"scaling_factor": 0.5}, "--scaling-factor 0.5: .* says 0.625; leave it out"),
+        ({"size": 18}, "--size 18 is not a multiple of 4"),
+        ({"out": tmp_path / "a.safetensors", "ae": pair.ae}, "names one file"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            bring_in(folder, tmp_path, **changes)
+    with pytest.raises(UsageError, match="holds no whole model"):
+        bring_in(folder / "vqvae", tmp_path, scaling_factor=1.0)
+    assert not (tmp_path / "back").exists()
+    same = bring_in(folder, tmp_path, scaling_factor=0.625, parameterization="epsilon", ae=pair.ae)
+    assert [file.name for file in (tmp_path / "back").iterdir()] == [same.model.name]
+    alone = ldmkit.import_(ldmkit.ImportConfig(source=folder, out=tmp_path / "a.safetensors"))
+    assert autoencoder_facts(alone).fingerprint == autoencoder_facts(pair.ae).fingerprint
+
+
+@torch.no_grad()
+def test_a_table_that_is_added_to_the_time_comes_in(diffusers, tmp_path):
+    folder = foreign(diffusers, tmp_path / "f", vae={"scaling_factor": 0.5}, num_class_embeds=5)
+    with pytest.raises(DataError, match="give --null-class last or --null-class none"):
+        bring_in(folder, tmp_path)
+    theirs = diffusers.UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    x, t = noise(), torch.tensor([400.0, 7.0])
+    for null_class, count in (("last", 4), ("none", 5)):
+        back = bring_in(folder, tmp_path, out=tmp_path / null_class, null_class=null_class)
+        model = load_diffusion(back.model)
+        names = tuple(map(str, range(count)))
+        assert model.config.conditions == (ClassCondition(way="vector", names=names),)
+        labels = torch.tensor([3, -1 if null_class == "last" else 4])
+        found = model.unet(x, t, *condition(model, labels))
+        wanted = theirs(x, t, class_labels=torch.tensor([3, 4])).sample
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_the_class_table_says_its_names_and_is_checked(diffusers, tmp_path):
@@ -615,7 +665,8 @@ def test_the_class_table_says_its_names_and_is_checked(diffusers, tmp_path):
         table = file.get_tensor("weight")
     assert table.shape == (4, 12)
     safetensors.torch.save_file({"weight": table}, path)
-    assert diffusion_facts(bring_in(folder, tmp_path).model).class_names == ("0", "1", "2")
+    model = load_diffusion(bring_in(folder, tmp_path).model)
+    assert model.config.conditions[0].names == ("0", "1", "2")
     for tensors, metadata, words in (
         ({"weight": table[:, :5].contiguous()}, {}, "rows of 12 numbers"),
         ({"weight": table}, {"class_names": "["}, "not JSON"),
@@ -623,4 +674,4 @@ def test_the_class_table_says_its_names_and_is_checked(diffusers, tmp_path):
     ):
         safetensors.torch.save_file(tensors, path, metadata)
         with pytest.raises(DataError, match=words):
-            bring_in(folder, tmp_path, out=tmp_path / "again" / "model.safetensors")
+            bring_in(folder, tmp_path, out=tmp_path / "again")

@@ -24,6 +24,7 @@ from ldmkit.assembly import (
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import AutoencoderConfig, CodebookConfig, PreprocessingConfig
+from ldmkit.condition_configs import ClassCondition
 from ldmkit.conditioning.condition import Condition
 from ldmkit.diffusion.schedule import BETAS, build_schedule
 from ldmkit.diffusion_configs import DiffusionConfig, ScheduleConfig, UNetConfig
@@ -72,14 +73,34 @@ def stage_of(bottleneck="kl") -> Autoencoder:
     return model
 
 
-def model_of(*, classes=0, schedule=None, parameterization="epsilon", **unet) -> LatentDiffusion:
+def classes_of(count: int, way="tokens") -> tuple[ClassCondition, ...]:
+    names = tuple(f"kind {number}" for number in range(count))
+    return (ClassCondition.model_validate({"names": names, "way": way}),) if count else ()
+
+
+def table_of(model: LatentDiffusion) -> torch.Tensor:
+    """Of its classes; the null last."""
+    return model.state_dict()["conditioners.class.embedding.weight"]
+
+
+def told(*labels: int) -> dict[str, torch.Tensor]:
+    return {"class": torch.tensor(labels)[:, None]}
+
+
+def names_of(model: LatentDiffusion) -> tuple[str, ...]:
+    return model.config.conditions[0].names if model.config.conditions else ()
+
+
+def model_of(
+    *, classes=0, way="tokens", schedule=None, parameterization="epsilon", **unet
+) -> LatentDiffusion:
     torch.manual_seed(2)
     settings = {
         "unet": PLAIN | {"context_channels": 24} | unet,
         "schedule": schedule or {},
         "parameterization": parameterization,
         "latent_channels": 4,
-        "classes": classes,
+        "conditions": classes_of(classes, way),
     }
     model = LatentDiffusion(DiffusionConfig.model_validate(settings)).eval()
     disturb(model)
@@ -96,6 +117,8 @@ def linear_tables(start=0.0015, end=0.0195, steps=1000) -> dict[str, torch.Tenso
 def checkpoint(model: LatentDiffusion, stage: Autoencoder | None) -> dict[str, torch.Tensor]:
     """What the original code saves of such a model, with averages that are half its weights."""
     unet = to_foreign_unet(model.unet, UNET_LDM)
+    if model.config.conditions and not model.unet.use_tokens:
+        unet["label_emb.weight"] = table_of(model)
     state = {LDM_PREFIX + name: tensor for name, tensor in unet.items()}
     for name, tensor in unet.items():  # LitEma: names of the wrapper's parameters without dots
         state["model_ema." + f"diffusion_model.{name}".replace(".", "")] = tensor * 0.5
@@ -107,8 +130,8 @@ def checkpoint(model: LatentDiffusion, stage: Autoencoder | None) -> dict[str, t
     if stage is not None:
         own = to_ldm(stage.state_dict(), stage.config)
         state |= {f"first_stage_model.{name}": tensor for name, tensor in own.items()}
-    if model.label is not None:
-        state[TABLE] = model.label.embedding.weight.clone()
+    if model.unet.use_tokens:
+        state[TABLE] = table_of(model).clone()
     return state
 
 
@@ -137,7 +160,7 @@ def same_unet(mine: LatentDiffusion, other: LatentDiffusion, *, atol=0.0) -> Non
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(2, 4, 8, 12, generator=generator)
     tokens = None
-    if mine.label is not None:
+    if mine.unet.use_tokens:
         width = mine.config.unet.context_channels
         tokens = torch.randn(2, 3, width, generator=generator)
     times = torch.tensor([3.0, 700.0])
@@ -204,10 +227,8 @@ def test_a_published_table_of_classes_with_its_null(tmp_path, run):
         str(out / "diffusion.safetensors"),
     ]
     back = load_diffusion(out / "diffusion.safetensors")
-    assert diffusion_facts(out / "diffusion.safetensors").class_names == tuple(
-        map(str, range(1000))
-    )
-    labels, x = torch.tensor([7, -1]), torch.randn(2, 4, 8, 8)
+    assert names_of(back) == tuple(map(str, range(1000)))
+    labels, x = told(7, -1), torch.randn(2, 4, 8, 8)
     found = back.denoise(x, torch.ones(2), back.condition(labels))
     wanted = halved(source)
     assert torch.equal(found, wanted.denoise(x, torch.ones(2), wanted.condition(labels)))
@@ -223,11 +244,23 @@ def test_a_table_without_null_gets_a_silent_one_and_a_warning(tmp_path, capfd, r
     folder = bring_in(write(checkpoint(source, stage_of()), tmp_path), null_class=null_class)
     assert "sample it with --guidance 1" in capfd.readouterr().err
     back = load_diffusion(folder / "diffusion.safetensors")
-    assert back.config.classes == rows
-    assert back.label is not None
-    assert source.label is not None
-    assert torch.equal(back.label.embedding.weight[:-1], source.label.embedding.weight)
-    assert not back.label.embedding.weight[-1].any()
+    assert len(names_of(back)) == rows
+    assert torch.equal(table_of(back)[:-1], table_of(source))
+    assert not table_of(back)[-1].any()
+
+
+def test_a_table_that_is_added_to_the_time(tmp_path):
+    """`label_emb` is part of the U-Net there, and of its averages."""
+    source = model_of(classes=4, way="vector")
+    path = write(checkpoint(source, stage_of()), tmp_path)
+    back = load_diffusion(bring_in(path, null_class="last") / "diffusion.safetensors")
+    assert back.config.conditions == (ClassCondition(way="vector", names=tuple("0123")),)
+    assert torch.equal(table_of(back), table_of(source) * 0.5)
+    x = torch.randn(3, 4, 8, 8)
+    found = back.unet(x, torch.full((3,), 9.0), *back.condition(told(0, 3, -1)))
+    rows = table_of(source)[[0, 3, 4]] * 0.5
+    assert torch.equal(found, halved(source).unet(x, torch.full((3,), 9.0), rows))
+    assert (found[0] - found[1]).abs().max() > 0  # it matters at all
 
 
 CASES = {
@@ -343,7 +376,7 @@ def test_the_autoencoder_may_lie_elsewhere(tmp_path):
     with pytest.raises(DataError, match="made with another autoencoder"):
         bring_in(path, ae=tmp_path / "other.safetensors", out=tmp_path / "x")
     none = write(checkpoint(source, None), tmp_path, "none.safetensors")
-    with pytest.raises(UsageError, match="holds no autoencoder: give its file with --ae"):
+    with pytest.raises(UsageError, match=r"holds no autoencoder: give the file of .* --ae FILE"):
         bring_in(none)
     assert not none.with_suffix("").exists()
 
@@ -380,10 +413,10 @@ def test_a_file_name_gives_the_autoencoder_alone(tmp_path):
     path = write(checkpoint(model_of(), stage_of()), tmp_path)
     out = ldmkit.import_(ldmkit.ImportConfig(source=path, out=tmp_path / "ae.safetensors"))
     assert autoencoder_facts(out).factor == 2
-    with pytest.raises(UsageError, match="--heads is for whole models, and --out names one file"):
+    with pytest.raises(UsageError, match=r"--heads means nothing here: --out .* names one file"):
         bring_in(path, out=tmp_path / "b.safetensors")
     only = to_ldm(stage_of().state_dict(), STAGE)
-    with pytest.raises(UsageError, match=r"--weights is for whole models, and .* holds none"):
+    with pytest.raises(UsageError, match=r"--weights means nothing here: .* holds no whole model"):
         bring_in(write(only, tmp_path, "only.safetensors"), heads=None, weights="ema")
 
 
@@ -406,11 +439,22 @@ REFUSALS = {
         r"conditioned through cond_stage_model\.transformer\.token_emb\.weight.* not yet; its auto",
     ),
     "second-encoder": Refusal({"conditioner.embedders.0.x": torch.zeros(1)}, "conditioned through"),
-    "label-emb": Refusal(
-        {LDM_PREFIX + "label_emb.weight": torch.zeros(3, 128)},
-        r"adds classes to the time \(label_emb",
+    "clip": Refusal(
+        {"cond_stage_model.transformer.text_model.x": torch.zeros(1)},
+        r"CLIP's text model.* not yet",
+    ),
+    "classes-twice": Refusal(
+        {LDM_PREFIX + "label_emb.weight": torch.zeros(5, 128)},
+        "classes in two ways",
+        {"weights": "plain"},
+        classes=4,
+    ),
+    "label-emb-width": Refusal(
+        {LDM_PREFIX + "label_emb.weight": torch.zeros(5, 24)},
+        r"label_emb\.weight has shape \[5, 24\].* of 128",
         {"weights": "plain"},
     ),
+    "no-classes": Refusal({}, "--null-class means nothing here.* no table", {"null_class": "none"}),
     "concatenated": Refusal(
         {LDM_PREFIX + "input_blocks.0.0.weight": torch.zeros(32, 7, 3, 3)},
         "takes 7 channels and gives 4",
@@ -438,7 +482,9 @@ REFUSALS = {
         {"alphas_cumprod": linear_tables(end=0.012)["alphas_cumprod"]}, "is none of scaled-linear"
     ),
     "no-table-shape": Refusal({"betas": torch.zeros(())}, r"betas of shape \[\] is no table"),
-    "no-scale": Refusal({"scale_factor": None}, "has no scale_factor: give --scaling-factor"),
+    "no-scale": Refusal(
+        {"scale_factor": None}, "does not say by which factor .* give --scaling-factor"
+    ),
     "scale-nan": Refusal(
         {"scale_factor": torch.tensor(-1.0)}, "scale_factor is no positive number"
     ),
@@ -537,7 +583,6 @@ def write_ours(folder: Path, *, bottleneck="kl", mean=0.0, std: Any = 2.0, **cha
         autoencoder=autoencoder_facts(ours.ae).fingerprint,
         latent_shape=(4, 16, 16),
         whitening=whitening,
-        class_names=tuple(f"kind {n}" for n in range(model.config.classes)),
         trained={},
         versions=versions(),
     )
@@ -555,10 +600,11 @@ def send_out(ours: Ours, out: Path, **options) -> Path:
     [
         {},
         {"classes": 3, "parameterization": "v", "heads": None, "head_channels": 8},
+        {"classes": 3, "way": "vector"},
         {"heads": None, "schedule": {"kind": "linear", "beta_start": 0.0001, "beta_end": 0.02}},
         {"parameterization": "x0", "schedule": {"kind": "cosine"}, "bottleneck": "vq"},
     ],
-    ids=["plain", "classes", "one-head", "codes"],
+    ids=["plain", "classes", "added-classes", "one-head", "codes"],
 )
 def test_there_and_back_is_the_same_model(tmp_path, changes):
     """Nothing but paths is typed on the way back: the file says what the layout has no place for."""
@@ -569,7 +615,7 @@ def test_there_and_back_is_the_same_model(tmp_path, changes):
     theirs, facts = diffusion_facts(ours.ldm), diffusion_facts(folder / "diffusion.safetensors")
     assert facts.autoencoder == theirs.autoencoder
     assert facts.latent_shape == theirs.latent_shape
-    assert facts.class_names == theirs.class_names
+    assert back.config.conditions == source.config.conditions
     assert facts.whitening == theirs.whitening
     assert facts.fingerprint == theirs.fingerprint
     assert back.config.parameterization == source.config.parameterization
@@ -602,6 +648,17 @@ def test_whitening_by_channel_goes_into_the_autoencoder(tmp_path, bottleneck):
     assert wanted.std() > 0.1
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     same_unet(back, source)
+
+
+def test_the_page_of_a_model_with_added_classes(tmp_path):
+    send_out(write_ours(tmp_path, classes=3, way="vector"), tmp_path / "whole.safetensors")
+    page = (tmp_path / "whole.yaml").read_text()
+    assert (
+        "    conditioning_key: adm\n    cond_stage_config:\n      target: torch.nn.Identity\n"
+        in page
+    )
+    assert "        num_classes: 4\n" in page
+    assert "context_dim" not in page
 
 
 def test_the_page_beside_is_what_the_original_code_reads(tmp_path, run):
@@ -651,8 +708,7 @@ def test_what_the_layout_cannot_say_is_named(tmp_path, changes, words):
 def test_options_that_do_not_go_with_whole_models(tmp_path):
     ours = write_ours(tmp_path)
     for options, words in (
-        ({"to": "diffusers"}, "a diffusion model goes to ldm"),
-        ({"ae": None}, "give the autoencoder's with --ae FILE"),
+        ({"ae": None}, "give the autoencoder of its latents with --ae FILE"),
         ({"model": ours.ae}, "--ae goes with a diffusion model"),
         ({"out": tmp_path / "folder"}, r"name it \*\.safetensors"),
         ({"latents": tmp_path}, "has its own whitening"),

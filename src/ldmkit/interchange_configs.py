@@ -27,23 +27,26 @@ class ImportConfig(Config):
         None, "Picture size it was trained on, pixels (default: what the source says, or 256)"
     )
     ae: Path | None = field(
-        None, "Whole model: file of its autoencoder, where the source holds none"
+        None, "Whole model: autoencoder file of its latents (default: the source's own autoencoder)"
     )
     weights: Literal["auto", "ema", "plain"] = field(
         "auto",
-        "Whole model: averaged or plain weights of the U-Net; auto = averaged if there are any",
+        "Whole model in a file: averaged or plain weights of the U-Net; auto = averaged if there are"
+        " any",
     )
     parameterization: Literal["epsilon", "x0", "v"] | None = field(
         None, "Whole model: what its U-Net predicts (default: what the source says, or epsilon)"
     )
     heads: Positive | None = field(
         None,
-        "Whole model: attention heads of every level (default: those of the published model of this"
-        " shape, where there is one)",
+        "Whole model in a file: attention heads of every level (default: those of the published model"
+        " of this shape, where there is one)",
     )
-    head_channels: Positive | None = field(None, "Whole model, instead: width of an attention head")
+    head_channels: Positive | None = field(None, "Whole model in a file, instead: width of a head")
     scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = field(
-        None, "Whole model: what raw latents were multiplied by (default: what the source says)"
+        None,
+        "Whole model: what raw latents were multiplied by (default: what the source, or else the file"
+        " of --ae, says)",
     )
     null_class: Literal["auto", "last", "none"] = field(
         "auto",

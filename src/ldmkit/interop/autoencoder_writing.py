@@ -11,7 +11,7 @@ from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.durable import atomic_file
 from ldmkit.interop import diffusers_layout
 from ldmkit.interop.layout import Tensors
-from ldmkit.interop.reading import LEGACY_KEY, RESOLUTION_KEY, WEIGHTS_FILES
+from ldmkit.interop.reading import CONFIG, LEGACY_KEY, RESOLUTION_KEY, WEIGHTS_FILES
 
 
 def write_autoencoder_folder(
@@ -35,7 +35,7 @@ def write_autoencoder_folder(
     tensors = diffusers_layout.to_diffusers(model.state_dict(), model.config)
     with atomic_file(folder / WEIGHTS_FILES[0]) as temporary:
         save_foreign(temporary, tensors, model, preprocessing)
-    with atomic_file(folder / "config.json") as temporary:
+    with atomic_file(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
     return page
 

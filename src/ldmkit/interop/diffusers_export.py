@@ -11,40 +11,24 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 
-from ldmkit.assembly import (
-    autoencoder_facts,
-    diffusion_facts,
-    load_autoencoder,
-    load_diffusion,
-    require_same_autoencoder,
-)
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.durable import atomic_directory, atomic_file, write_text
-from ldmkit.errors import DataError, UsageError
-from ldmkit.facts import DiffusionFacts, Whitening
 from ldmkit.interop.autoencoder_writing import write_autoencoder_folder
-from ldmkit.interop.diffusers_import import (
-    CLASS_FILE,
-    CLASS_NAMES,
-    CLASS_TABLE,
-    CONFIG,
-    SCHEDULER,
-)
+from ldmkit.interop.class_tables import TABLE
+from ldmkit.interop.diffusers_import import CLASS_FILE, CLASS_NAMES, CLASS_TABLE, SCHEDULER
 from ldmkit.interop.diffusers_proof import import_diffusers, prove
 from ldmkit.interop.diffusers_scheduler import DDIM, FLOW, schedule_page
 from ldmkit.interop.diffusers_unet import unet_page
 from ldmkit.interop.diffusers_usage import Parts, usage_program
-from ldmkit.interop.latent_scale import folded, folds, is_uniform
+from ldmkit.interop.latent_scale import with_one_scale
 from ldmkit.interop.layout import Tensors
-from ldmkit.interop.reading import WEIGHTS_FILES
+from ldmkit.interop.reading import CONFIG, WEIGHTS_FILES
 from ldmkit.interop.unet_layout import UNET_DIFFUSERS, to_foreign_unet
-from ldmkit.latent_diffusion import LatentDiffusion
+from ldmkit.interop.whole_export import BothStages
 from ldmkit.terminal import say
 
-PARTS_OF_MODEL = {"unet", "label", "latent_mean", "latent_std"}
 
-
-class Scaled(NamedTuple):
+class Described(NamedTuple):
     """An autoencoder as diffusers gets it, and what its `config.json` says of the scale."""
 
     model: Autoencoder
@@ -61,101 +45,79 @@ class Folder(NamedTuple):
     is_pipeline: bool
 
 
-def export_diffusion(path: Path, ae: Path | None, out: Path) -> Path:
+def export_folder(both: BothStages, out: Path) -> None:
     """Write a diffusion model and its autoencoder as a folder for diffusers, whole or not at all.
 
     One step of denoising and one decoding by diffusers must agree with ours within 1e-4 of the
     largest value.
 
     Args:
-        path: the diffusion model's file.
-        ae: the autoencoder's.
+        both: what to write.
         out: the folder.
 
-    Returns:
-        The folder.
-
     Raises:
-        DataError: diffusers cannot express something, the files do not belong together, or what
-            was written differs from ours.
-        UsageError: no autoencoder is given, the output exists, or diffusers is not installed.
+        DataError: diffusers cannot express something, or what was written differs from ours.
+        UsageError: diffusers is not installed.
     """
-    if ae is None:
-        raise UsageError(f"{path} is a diffusion model: give the autoencoder of its latents (--ae)")
-    if out.exists():
-        raise UsageError(f"{out} exists: give another --out, or remove it first")
-    facts = diffusion_facts(path)
-    require_same_autoencoder(facts.autoencoder, ae, f"the latents of {path}")
-    model, autoencoder = load_diffusion(path), load_autoencoder(ae)
-    if autoencoder.config.bottleneck == "identity":
-        raise DataError(f"{ae} has no networks (bottleneck identity): diffusers has no such part")
-    _require_plain(model, path)
     import_diffusers()  # before anything is written: the folder is proved by running it
-    scaled = _scaled(autoencoder, model)
-    pages = _pages(model, facts, scaled)
+    scaled = _described(both)
+    pages = _pages(both, scaled)
     with atomic_directory(out) as folder:
         for name in ("unet", "scheduler", pages.autoencoder):
             (folder / name).mkdir()
         _write_json(folder / "unet" / CONFIG, pages.unet)
-        _save(folder / "unet" / WEIGHTS_FILES[0], to_foreign_unet(model.unet, UNET_DIFFUSERS), {})
         _write_json(folder / "scheduler" / SCHEDULER, pages.scheduler)
-        preprocessing = autoencoder_facts(ae).preprocessing
+        _write_weights(folder, both)
         kind = write_autoencoder_folder(
-            folder / pages.autoencoder, scaled.model, preprocessing, scaled.scaling
+            folder / pages.autoencoder, scaled.model, both.preprocessing, scaled.scaling
         )["_class_name"]
-        if model.label is not None:
-            table = {CLASS_TABLE: model.label.embedding.weight.detach()}
-            _save(folder / CLASS_FILE, table, {CLASS_NAMES: json.dumps(facts.class_names)})
         if pages.is_pipeline:
             _write_json(folder / "model_index.json", _index(pages, kind))
         else:
-            write_text(folder / "use.py", usage_program(_parts(pages, kind, facts, scaled, model)))
-        said = prove(folder, pages.autoencoder, model, autoencoder, facts.latent_shape)
+            write_text(folder / "use.py", usage_program(_parts(pages, kind, both, scaled)))
+        said = prove(folder, pages.autoencoder, both)
     runs = "diffusers.LDMPipeline" if pages.is_pipeline else f"python {out / 'use.py'}"
     say(f"largest relative differences as diffusers runs it: {said}; `{runs}` draws from it")
-    return out
 
 
-def _require_plain(model: LatentDiffusion, path: Path) -> None:
-    """Refuse conditions for which diffusers has no place beside the U-Net."""
-    others = {name.split(".")[0] for name in model.state_dict()} - PARTS_OF_MODEL
-    if others:
-        raise DataError(
-            f"{path}: diffusers' folder has no place for its {', '.join(sorted(others))}"
-        )
-    z = model.config.latent_channels
-    if model.unet.conv_in.in_channels != z:
-        raise DataError(f"{path} takes channels beside its latents, which this export cannot say")
-    if model.label is not None and not model.unet.use_tokens:
-        raise DataError(
-            f"{path} is told its class otherwise than by attention, which this export cannot say"
-        )
+def _write_weights(folder: Path, both: BothStages) -> None:
+    """The U-Net's, and the table of classes: in it where that is added to the time, else beside it."""
+    tensors, names = to_foreign_unet(both.model.unet, UNET_DIFFUSERS), {}
+    if both.told is not None:
+        table, names = both.model.state_dict()[TABLE], {CLASS_NAMES: json.dumps(both.told.names)}
+        if both.told.attended:
+            _save(folder / CLASS_FILE, {CLASS_TABLE: table}, names)
+        else:
+            tensors[UNET_DIFFUSERS.class_table] = table
+    _save(folder / "unet" / WEIGHTS_FILES[0], tensors, names)
 
 
-def _scaled(autoencoder: Autoencoder, model: LatentDiffusion) -> Scaled:
+def _described(both: BothStages) -> Described:
     """The whitening as one factor where it is one, else moved into the autoencoder where that is exact."""
-    mean, std = model.latent_mean.tolist(), model.latent_std.tolist()
-    whitening = Whitening(mean=tuple(mean), std=tuple(std))
-    if is_uniform(whitening) and not any(mean):
-        return Scaled(autoencoder, {"scaling_factor": 1.0 / std[0]})
-    if folds(autoencoder, whitening):
-        return Scaled(folded(autoencoder, whitening), {"scaling_factor": 1.0})
+    scaled = with_one_scale(both.autoencoder, both.facts.whitening)
+    if scaled is not None:
+        return Described(scaled.autoencoder, {"scaling_factor": scaled.factor})
     say("a codebook's latents cannot be scaled by channel inside: use.py does it before decoding")
-    return Scaled(autoencoder, {"scaling_factor": 1.0, "latents_mean": mean, "latents_std": std})
+    mean, std = both.facts.whitening.mean, both.facts.whitening.std
+    scaling = {"scaling_factor": 1.0, "latents_mean": list(mean), "latents_std": list(std)}
+    return Described(both.autoencoder, scaling)
 
 
-def _pages(model: LatentDiffusion, facts: DiffusionFacts, scaled: Scaled) -> Folder:
-    _, height, width = facts.latent_shape
-    scheduler = schedule_page(model.config)
+def _pages(both: BothStages, scaled: Described) -> Folder:
+    _, height, width = both.facts.latent_shape
+    scheduler = schedule_page(both.model.config)
     is_pipeline = (
         scheduler["_class_name"] == DDIM
-        and not model.unet.use_tokens
+        and both.told is None
         and height == width
         and "latents_std" not in scaled.scaling
     )
+    unet = unet_page(both.model.unet, (height, width))
+    if both.told is not None and not both.told.attended:
+        unet["num_class_embeds"] = len(both.told.names) + 1
     quantised = scaled.model.codebook is not None
     return Folder(
-        unet=unet_page(model.unet, (height, width)),
+        unet=unet,
         scheduler=scheduler,
         autoencoder="vqvae" if is_pipeline or quantised else "vae",  # the pipeline's only name
         is_pipeline=is_pipeline,
@@ -171,16 +133,14 @@ def _index(pages: Folder, autoencoder: str) -> dict[str, Any]:
     }
 
 
-def _parts(
-    pages: Folder, kind: str, facts: DiffusionFacts, scaled: Scaled, model: LatentDiffusion
-) -> Parts:
+def _parts(pages: Folder, kind: str, both: BothStages, scaled: Described) -> Parts:
     return Parts(
         unet=pages.unet["_class_name"],
         autoencoder=kind,
         scheduler=pages.scheduler["_class_name"],
         folder=pages.autoencoder,
-        latents=facts.latent_shape,
-        classes=model.label is not None,
+        latents=both.facts.latent_shape,
+        classes=None if both.told is None else both.told.way,
         flow=pages.scheduler["_class_name"] == FLOW,
         by_channel="latents_std" in scaled.scaling,
         image_channels=scaled.model.image_channels,

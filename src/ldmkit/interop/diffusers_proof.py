@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 
-from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.condition_configs import ClassCondition
 from ldmkit.errors import DataError, UsageError
-from ldmkit.interop.diffusers_import import CLASS_FILE, CLASS_TABLE, CONFIG, SCHEDULER
+from ldmkit.interop.class_tables import values_of_classes
+from ldmkit.interop.diffusers_import import CLASS_FILE, CLASS_TABLE, SCHEDULER
 from ldmkit.interop.diffusers_scheduler import FLOW
-from ldmkit.interop.reading import read_page
+from ldmkit.interop.reading import CONFIG, read_page
+from ldmkit.interop.whole_export import BothStages
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.tensors import Images, Latents, Sigmas
 from ldmkit.torchvision_import import import_torchvision
@@ -48,21 +50,13 @@ def import_diffusers() -> Any:  # noqa: ANN401 - a module
 
 
 @torch.no_grad()
-def prove(
-    folder: Path,
-    autoencoder_name: str,
-    model: LatentDiffusion,
-    autoencoder: Autoencoder,
-    shape: tuple[int, int, int],
-) -> str:
+def prove(folder: Path, autoencoder_name: str, both: BothStages) -> str:
     """Compare one denoising and one decoding of fixed numbers there and here.
 
     Args:
         folder: what was written.
         autoencoder_name: of the autoencoder's folder in it.
-        model: what it was written from.
-        autoencoder: likewise.
-        shape: of the latents, [z, y, x].
+        both: what it was written from.
 
     Returns:
         The largest differences, as shares of the largest value, in words.
@@ -70,10 +64,11 @@ def prove(
     Raises:
         DataError: they are not within 1e-4.
     """
+    model, autoencoder, shape = both.model, both.autoencoder, both.facts.latent_shape
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = _denoised_there(folder, model, noise)
+        found = _denoised_there(folder, both.told, noise)
         raw = model.unwhiten(noise)
         if autoencoder.codebook is not None:  # on codes: none is nearest to two by rounding
             raw = autoencoder.codebook.quantize(raw)
@@ -91,7 +86,7 @@ def prove(
     return said
 
 
-def _denoised_there(folder: Path, model: LatentDiffusion, noise: Latents) -> Denoised:
+def _denoised_there(folder: Path, told: ClassCondition | None, noise: Latents) -> Denoised:
     """One step from the middle of the schedule to clean latents."""
     unet, scheduler = _loaded(folder / "unet", CONFIG), _loaded(folder / "scheduler", SCHEDULER)
     if type(scheduler).__name__ == FLOW:
@@ -103,18 +98,21 @@ def _denoised_there(folder: Path, model: LatentDiffusion, noise: Latents) -> Den
         t = torch.tensor(scheduler.config.num_train_timesteps // 2)
         alpha_bar = scheduler.alphas_cumprod[t]
         sigma = ((1.0 - alpha_bar) / alpha_bar).sqrt()[None]
-    tokens = ()
-    if model.label is not None:
+    classes: dict[str, Any] = {}
+    if told is not None and told.attended:
         table = safetensors.torch.load_file(folder / CLASS_FILE)[CLASS_TABLE]
-        tokens = (table[None, :1],)
-    prediction = unet(noise, t, *tokens).sample
+        classes["encoder_hidden_states"] = table[None, :1]
+    elif told is not None:
+        classes["class_labels"] = torch.zeros(1, dtype=torch.int64)
+    prediction = unet(noise, t, **classes).sample
     return Denoised(scheduler.step(prediction, t, noise).prev_sample, sigma)
 
 
 def _denoised_here(model: LatentDiffusion, sigma: Sigmas, noise: Latents) -> Latents:
     scale = model.parameterization(sigma).c_in
     first = torch.zeros(1, dtype=torch.int64)
-    return model.denoise(noise / scale.view(-1, 1, 1, 1), sigma, model.condition(first))
+    told = model.condition(values_of_classes(model, first))
+    return model.denoise(noise / scale.view(-1, 1, 1, 1), sigma, told)
 
 
 def _decoded_there(folder: Path, whitened: Latents) -> Images:

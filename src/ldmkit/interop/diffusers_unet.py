@@ -41,7 +41,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "norm_eps": (EPS,),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
     "only_cross_attention": (False,),
     "mid_block_only_cross_attention": (None, False),
     "dual_cross_attention": (False,),
@@ -86,6 +85,7 @@ class ForeignUNet(Config):
     downsample_type: Resample = "conv"
     upsample_type: Resample = "conv"
     dropout: Fraction = 0.0
+    num_class_embeds: Positive | None = None
     attention_head_dim: Numbers | None = 8
     norm_num_groups: Positive = 32
     attn_norm_num_groups: Positive | None = None
@@ -105,6 +105,8 @@ class ReadUNet(NamedTuple):
     use_tokens: bool
     size: tuple[int, int] | None
     """Height and width of the latents it was trained on."""
+    has_classes: bool
+    """Whether a table of classes is added to the time embedding."""
 
 
 def read_unet(page: dict[str, Any], source: str) -> ReadUNet:
@@ -162,6 +164,7 @@ def read_unet(page: dict[str, Any], source: str) -> ReadUNet:
         theirs.in_channels,
         use_tokens,
         None if size is None else (size[0], size[-1]),
+        theirs.num_class_embeds is not None,
     )
 
 
@@ -246,6 +249,9 @@ def _require_whole(theirs: ForeignUNet, kind: str, source: str) -> None:
         ),
         f"attn_norm_num_groups {theirs.attn_norm_num_groups} with norm_num_groups {groups} and "
         f"{theirs.resnet_time_scale_shift} time shift: ours has the same groups everywhere": unlike,
+        f"num_class_embeds {theirs.num_class_embeds} beside tokens has no counterpart here": (
+            kind == ATTENDING and theirs.num_class_embeds is not None
+        ),
         f"time_embedding_dim {embedding} is not 4 x {widths[0]}": (
             embedding not in (None, 4 * widths[0])
         ),

@@ -3,7 +3,7 @@
 It is written out for the model at hand, so that it reads as if somebody had written it by hand.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 HEAD = '''"""Draws pictures from the model in this folder with diffusers alone: `python use.py --help`."""
 
@@ -50,10 +50,8 @@ if __name__ == "__main__":
     for number, picture in enumerate((pictures / 2 + 0.5).clamp(0, 1)):
 {save}
 """
-WITH_CLASSES = {
+ATTENDED = {
     "imports": "from safetensors.torch import load_file\n",
-    "parameters": "labels, steps=50, guidance=1.0",
-    "what": "Pictures in [-1, 1] for noise [n, *LATENTS] and n class numbers (-1: none).",
     "condition": """\
     table = load_file(HERE / "class_embedding.safetensors")["weight"]  # its last row: no class
     told = table[torch.where(labels < 0, len(table) - 1, labels)][:, None]
@@ -64,6 +62,22 @@ WITH_CLASSES = {
         if guidance != 1.0:
             free = unet(x, t, nothing).sample
             prediction = free + guidance * (prediction - free)""",
+}
+ADDED = {
+    "imports": "",
+    "condition": """\
+    nothing = torch.full_like(labels, unet.config.num_class_embeds - 1)  # the last row: no class
+    told = torch.where(labels < 0, nothing, labels)
+""",
+    "predict": """\
+        prediction = unet(x, t, class_labels=told).sample
+        if guidance != 1.0:
+            free = unet(x, t, class_labels=nothing).sample
+            prediction = free + guidance * (prediction - free)""",
+}
+WITH_CLASSES = {
+    "parameters": "labels, steps=50, guidance=1.0",
+    "what": "Pictures in [-1, 1] for noise [n, *LATENTS] and n class numbers (-1: none).",
     "options": """\
     options.add_argument("--label", type=int, default=-1, help="class number; -1: none")
     options.add_argument("--guidance", type=float, default=1.0)
@@ -81,6 +95,8 @@ WITHOUT = {
     "options": "",
     "call": "    pictures = draw(noise, given.steps)",
 }
+WORDS = {None: WITHOUT, "tokens": WITH_CLASSES | ATTENDED, "vector": WITH_CLASSES | ADDED}
+"""By how the network is told classes."""
 SET_STEPS = {
     False: "scheduler.set_timesteps(steps)  # exact where it divides the number of levels",
     True: "scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])",
@@ -109,7 +125,8 @@ class Parts(NamedTuple):
     folder: str
     """Of the autoencoder."""
     latents: tuple[int, int, int]
-    classes: bool
+    classes: Literal["tokens", "vector"] | None
+    """How the network is told them."""
     flow: bool
     by_channel: bool
     """Whether latents are unscaled by channel here, and not within the autoencoder."""
@@ -118,7 +135,7 @@ class Parts(NamedTuple):
 
 def usage_program(parts: Parts) -> str:
     """The program's text."""
-    words = WITH_CLASSES if parts.classes else WITHOUT
+    words = WORDS[parts.classes]
     arrays = parts.image_channels not in (1, 3)
     imports = ("" if arrays else "from PIL import Image\n") + words["imports"]
     head = HEAD.format(

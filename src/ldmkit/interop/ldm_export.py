@@ -7,29 +7,26 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from ldmkit.assembly import (
-    autoencoder_facts,
-    diffusion_facts,
-    load_autoencoder,
-    load_diffusion,
-    require_same_autoencoder,
-)
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
+from ldmkit.condition_configs import ClassCondition
 from ldmkit.diffusion.schedule import DiscreteSchedule
 from ldmkit.diffusion_configs import DiffusionConfig, schedule_name
 from ldmkit.durable import atomic_file
 from ldmkit.errors import DataError, UsageError
-from ldmkit.facts import DiffusionFacts, Facts
+from ldmkit.facts import Facts
 from ldmkit.interchange_configs import ImportConfig
 from ldmkit.interop import ldm_layout
+from ldmkit.interop.class_tables import TABLE, values_of_classes
+from ldmkit.interop.latent_scale import Scaled, whitening_of, with_one_scale
 from ldmkit.interop.layout import Tensors
-from ldmkit.interop.ldm_model import CLASS_TABLE, DESCRIPTION_KEY, LABEL, SCALE, read_checkpoint
+from ldmkit.interop.ldm_model import CLASS_TABLE, DESCRIPTION_KEY, SCALE, read_checkpoint
 from ldmkit.interop.ldm_schedule import schedule_buffers
-from ldmkit.interop.ldm_whitening import with_one_scale
 from ldmkit.interop.parity import MIN_SIDE, TOLERANCE
-from ldmkit.interop.reading import LEGACY_KEY, RESOLUTION_KEY, read_tensors
+from ldmkit.interop.reading import LEGACY_KEY, RESOLUTION_KEY
+from ldmkit.interop.sources import open_source
 from ldmkit.interop.unet_layout import LDM_PREFIX, UNET_LDM, to_foreign_unet
+from ldmkit.interop.whole_export import BothStages
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.terminal import say
 
@@ -51,7 +48,7 @@ class Difference(NamedTuple):
         return ", ".join(f"{name} {value:.2g}" for name, value in self._asdict().items())
 
 
-def export_whole_model(diffusion: Path, ae: Path | None, out: Path) -> Path:
+def export_checkpoint(both: BothStages, out: Path) -> None:
     """Write both stages as one checkpoint of the original code, and prove it by reading it back.
 
     The weights are those of the model file, which are the averaged ones: there is no second copy as
@@ -59,43 +56,35 @@ def export_whole_model(diffusion: Path, ae: Path | None, out: Path) -> Path:
     whitening goes into the 1x1 convolutions around the latents, which is exact.
 
     Args:
-        diffusion: the diffusion model's file.
-        ae: file of its autoencoder.
-        out: where to write.
-
-    Returns:
-        The file; its `.yaml` lies beside it.
+        both: what to write.
+        out: the file; its `.yaml` lies beside it.
 
     Raises:
         DataError: the layout cannot express the model, or what was written differs.
-        UsageError: the output is not one file, or the autoencoder is not given.
+        UsageError: the output is not one file.
     """
-    if ae is None:
-        raise UsageError(
-            "--to ldm writes both stages as one file: give the autoencoder's with --ae FILE"
-        )
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: the ldm layout is one file, name it *.safetensors")
-    facts = diffusion_facts(diffusion)
-    require_same_autoencoder(facts.autoencoder, ae, f"the latents of {diffusion}")
-    model, stage = load_diffusion(diffusion), autoencoder_facts(ae)
-    _require_expressible(model, facts, str(diffusion))
-    autoencoder = load_autoencoder(ae)
-    if autoencoder.config.bottleneck == "identity":
-        raise DataError(f"{ae} has no networks (bottleneck identity): nothing to export")
-    scaled, scale = with_one_scale(autoencoder, model.latent_mean, model.latent_std)
-    tensors = whole_tensors(model, scaled, autoencoder, scale)
+    _require_expressible(both)
+    scaled = with_one_scale(both.autoencoder, both.facts.whitening)
+    if scaled is None:
+        raise DataError(
+            "the latents of this model are whitened by channel and its autoencoder has a codebook: the "
+            "ldm layout scales latents by one number before the nearest code is looked up"
+        )
+    tensors = whole_tensors(both.model, both.told, scaled)
+    legacy = both.autoencoder.config.codebook.legacy_commitment
     metadata = {
         "format": "pt",  # other readers insist on it
-        LEGACY_KEY: "true" if autoencoder.config.codebook.legacy_commitment else "false",
-        RESOLUTION_KEY: str(facts.latent_shape[1] * stage.factor),
-        DESCRIPTION_KEY: json.dumps(_description(model.config, facts)),
+        LEGACY_KEY: "true" if legacy else "false",
+        RESOLUTION_KEY: str(both.facts.latent_shape[1] * both.autoencoder.config.factor),
+        DESCRIPTION_KEY: json.dumps(_description(both.model.config, both.told)),
     }
-    page = _config_page(model, facts, scale)
-    page += _first_stage_page(autoencoder, stage.preprocessing)
+    page = _config_page(both, scaled.factor)
+    page += _first_stage_page(both.autoencoder, both.preprocessing)
     with atomic_file(out.with_suffix(".yaml")) as beside, atomic_file(out) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
-        difference = _compare(model, autoencoder, temporary)
+        difference = _compare(both.model, both.autoencoder, temporary)
         if not all(value <= TOLERANCE for value in difference):
             raise DataError(
                 f"{out} as it is read back differs from the model ({difference}; allowed "
@@ -104,61 +93,53 @@ def export_whole_model(diffusion: Path, ae: Path | None, out: Path) -> Path:
         beside.write_text(page, encoding="utf-8")
     say(f"largest differences as it is read back: {difference}")
     say(f"{out.with_suffix('.yaml')} beside it has the config; its weights are the averaged ones")
-    return out
 
 
-def _require_expressible(model: LatentDiffusion, facts: DiffusionFacts, source: str) -> None:
+def _require_expressible(both: BothStages) -> None:
     """Check that the layout has a word for what the U-Net's own check does not look at.
 
     Raises:
         DataError: it has none for something; it is named.
     """
-    config = model.config
+    config, (_, height, width) = both.model.config, both.facts.latent_shape
     kind = schedule_name(config.schedule, config.parameterization)
-    parts = ("unet.", "latent_mean", "latent_std", LABEL)
-    further = sorted(name for name in model.state_dict() if not name.startswith(parts))
     foreign = {
         f"the parameterization {config.parameterization}": config.parameterization
         not in PARAMETERIZATIONS,
         f"the schedule {kind}": kind not in SCHEDULES,
         "zero terminal SNR": config.schedule.zero_terminal_snr,
-        f"{further[0] if further else ''}": bool(further),
-        f"latents of {facts.latent_shape[1]} x {facts.latent_shape[2]}, which are not square": (
-            facts.latent_shape[1] != facts.latent_shape[2]
-        ),
+        f"latents of {height} x {width}, which are not square": height != width,
     }
     for what, present in foreign.items():
         if present:
-            raise DataError(f"{source}: the ldm layout has no word for {what}")
+            raise DataError(f"{both.source}: the ldm layout has no word for {what}")
 
 
-def whole_tensors(
-    model: LatentDiffusion, scaled: Tensors, autoencoder: Autoencoder, scale: float
-) -> Tensors:
+def whole_tensors(model: LatentDiffusion, told: ClassCondition | None, scaled: Scaled) -> Tensors:
     """Every tensor of the checkpoint.
 
     Args:
         model: the diffusion model.
-        scaled: the autoencoder's tensors under our names; latents times `scale` are what diffusion sees.
-        autoencoder: whose config they follow.
-        scale: see there.
+        told: its classes.
+        scaled: the autoencoder, and the number that its latents are multiplied by.
 
     Raises:
         DataError: the layout has no word for something in a config; it is named.
     """
     theirs = to_foreign_unet(model.unet, UNET_LDM)
     tensors = {LDM_PREFIX + name: tensor for name, tensor in theirs.items()}
-    stage = ldm_layout.to_ldm(scaled, autoencoder.config)
+    stage = ldm_layout.to_ldm(scaled.autoencoder.state_dict(), scaled.autoencoder.config)
     tensors |= {FIRST_STAGE_PREFIX + name: tensor for name, tensor in stage.items()}
-    if model.label is not None:
-        tensors[CLASS_TABLE] = model.state_dict()[LABEL]
+    if told is not None:
+        name = CLASS_TABLE if told.attended else LDM_PREFIX + UNET_LDM.class_table
+        tensors[name] = model.state_dict()[TABLE]
     if isinstance(model.schedule, DiscreteSchedule):
         tensors |= schedule_buffers(model.schedule)
-    tensors[SCALE] = torch.tensor(scale)
+    tensors[SCALE] = torch.tensor(scaled.factor)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _description(config: DiffusionConfig, facts: DiffusionFacts) -> Facts:
+def _description(config: DiffusionConfig, told: ClassCondition | None) -> Facts:
     unet = config.unet
     width = unet.head_channels
     return {
@@ -166,15 +147,16 @@ def _description(config: DiffusionConfig, facts: DiffusionFacts) -> Facts:
         "heads": unet.heads or (None if width else 1),
         "head_channels": width,
         "parameterization": config.parameterization,
-        **({"class_names": facts.class_names} if config.classes else {}),
+        **({"class_names": told.names} if told else {}),
     }
 
 
 @torch.no_grad()
 def _compare(model: LatentDiffusion, autoencoder: Autoencoder, written: Path) -> Difference:
     """Run both stages of the model and of the file on one random picture, noise level and label."""
-    back = read_checkpoint(*read_tensors(written), ImportConfig(source=written))
+    back = read_checkpoint(open_source(written), ImportConfig(source=written))
     other, stage = back.model, back.first_stage
+    other.set_whitening(whitening_of(back.scaling, other.config.latent_channels, str(written)))
     assert stage is not None  # noqa: S101 - it was written a moment ago
     generator = torch.Generator().manual_seed(0)
     unit = autoencoder.config.factor * 2 ** (len(model.config.unet.multipliers) - 1)
@@ -186,8 +168,8 @@ def _compare(model: LatentDiffusion, autoencoder: Autoencoder, written: Path) ->
     encode = (mine - theirs).abs().max().item()
     sigma = model.schedule.sigma_at(torch.tensor([0.5], dtype=torch.float64)).float()
     noisy = mine + sigma * torch.randn(mine.shape, generator=generator)
-    label = torch.zeros(1, dtype=torch.int64)
-    denoised = [m.denoise(noisy, sigma, m.condition(label)) for m in (model, other)]
+    told = values_of_classes(model, torch.zeros(1, dtype=torch.int64))
+    denoised = [m.denoise(noisy, sigma, m.condition(told)) for m in (model, other)]
     denoise = (denoised[0] - denoised[1]).abs().max().item()
     if autoencoder.codebook is not None:  # a latent halfway between two codes falls to either
         mine = model.whiten(autoencoder.codebook.quantize(raw))
@@ -195,12 +177,12 @@ def _compare(model: LatentDiffusion, autoencoder: Autoencoder, written: Path) ->
     return Difference(encode, denoise, decoded.abs().max().item())
 
 
-def _config_page(model: LatentDiffusion, facts: DiffusionFacts, scale: float) -> str:
+def _config_page(both: BothStages, scale: float) -> str:
     """What the published code needs beside the tensors, as the YAML that it reads."""
-    config, unet, schedule = model.config, model.config.unet, model.config.schedule
-    told = config.classes > 0
+    config, told = both.model.config, both.told
+    unet, schedule = config.unet, config.schedule
     kind = schedule_name(schedule, config.parameterization)
-    z, side, _ = facts.latent_shape
+    z, side, _ = both.facts.latent_shape
     heads = f"num_head_channels: {unet.head_channels}"
     transformer = [
         "use_spatial_transformer: true",
@@ -220,15 +202,8 @@ def _config_page(model: LatentDiffusion, facts: DiffusionFacts, scale: float) ->
         f"resblock_updown: {str(unet.residual_updown).lower()}",
         f"dropout: {unet.dropout}",
         "legacy: false",
-        *(transformer if told else []),
-    ]
-    table = [
-        "    cond_stage_config:",
-        "      target: ldm.modules.encoders.modules.ClassEmbedder",
-        "      params:",
-        f"        embed_dim: {unet.context_channels}",
-        f"        n_classes: {config.classes + 1}",
-        "        key: class_label",
+        *(transformer if both.model.unet.use_tokens else []),
+        *([f"num_classes: {len(told.names) + 1}"] if told and not told.attended else []),
     ]
     lines = [
         "model:",
@@ -245,14 +220,34 @@ def _config_page(model: LatentDiffusion, facts: DiffusionFacts, scale: float) ->
         "    use_ema: false",
         "    first_stage_key: image",
         "    cond_stage_key: class_label",
-        f"    conditioning_key: {'crossattn' if told else 'null'}",
-        *(table if told else ["    cond_stage_config: __is_unconditional__"]),
+        *_condition_lines(told, unet.context_channels),
         "    unet_config:",
         "      target: ldm.modules.diffusionmodules.openaimodel.UNetModel",
         "      params:",
         *(f"        {line}" for line in network),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _condition_lines(told: ClassCondition | None, width: int) -> list[str]:
+    """How the published code makes conditions of class numbers."""
+    if told is None:
+        return ["    conditioning_key: null", "    cond_stage_config: __is_unconditional__"]
+    if not told.attended:  # the U-Net has the table, and takes numbers
+        return [
+            "    conditioning_key: adm",
+            "    cond_stage_config:",
+            "      target: torch.nn.Identity",
+        ]
+    return [
+        "    conditioning_key: crossattn",
+        "    cond_stage_config:",
+        "      target: ldm.modules.encoders.modules.ClassEmbedder",
+        "      params:",
+        f"        embed_dim: {width}",
+        f"        n_classes: {len(told.names) + 1}",
+        "        key: class_label",
+    ]
 
 
 def _first_stage_page(autoencoder: Autoencoder, preprocessing: PreprocessingConfig) -> str:

@@ -13,6 +13,8 @@ from ldmkit.interop.layout import Imported, Tensors
 from ldmkit.interop.ldm_layout import from_ldm
 from ldmkit.unpickling import read_pickled_tensors
 
+CONFIG = "config.json"
+"""Beside every model in folders of diffusers."""
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUBFOLDERS = ("", "vae", "vqvae", "movq")
 """Where a folder of diffusers has its autoencoder: itself, or within a whole pipeline."""
@@ -32,8 +34,8 @@ def read_autoencoder(source: Path) -> Imported:
     if not source.is_dir():
         return autoencoder_in(*read_tensors(source), str(source))
     folders = (source / name for name in SUBFOLDERS)
-    folder = next((folder for folder in folders if (folder / "config.json").is_file()), source)
-    page = read_page(folder / "config.json")
+    folder = next((folder for folder in folders if (folder / CONFIG).is_file()), source)
+    page = read_page(folder / CONFIG)
     tensors, metadata = read_tensors(weights_of(folder))
     return from_diffusers(tensors, page, str(folder), legacy_commitment=_is_legacy(metadata))
 
