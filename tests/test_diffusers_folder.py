@@ -666,7 +666,7 @@ def test_the_class_table_says_its_names_and_is_checked(diffusers, tmp_path):
     assert table.shape == (4, 12)
     safetensors.torch.save_file({"weight": table}, path)
     model = load_diffusion(bring_in(folder, tmp_path).model)
-    assert model.config.conditions[0].names == ("0", "1", "2")
+    assert model.config.conditions == (ClassCondition(names=("0", "1", "2")),)
     for tensors, metadata, words in (
         ({"weight": table[:, :5].contiguous()}, {}, "rows of 12 numbers"),
         ({"weight": table}, {"class_names": "["}, "not JSON"),

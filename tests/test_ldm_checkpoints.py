@@ -88,7 +88,8 @@ def told(*labels: int) -> dict[str, torch.Tensor]:
 
 
 def names_of(model: LatentDiffusion) -> tuple[str, ...]:
-    return model.config.conditions[0].names if model.config.conditions else ()
+    classes = [c for c in model.config.conditions if isinstance(c, ClassCondition)]
+    return classes[0].names if classes else ()
 
 
 def model_of(

@@ -95,7 +95,7 @@ def told_of(model: LatentDiffusion, source: str) -> ClassCondition | None:
         raise DataError(
             f"{source} is told {', '.join(others)}, and exported models are told classes alone"
         )
-    return next(iter(model.config.conditions), None)
+    return next((c for c in model.config.conditions if isinstance(c, ClassCondition)), None)
 
 
 def values_of_classes(model: LatentDiffusion, classes: Tensor) -> dict[str, Tensor]:
