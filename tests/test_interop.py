@@ -25,6 +25,7 @@ from ldmkit.autoencoder_configs import AutoencoderConfig, CodebookConfig, Prepro
 from ldmkit.container import read_header
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import DataError, UsageError
+from ldmkit.interop import diffusers_layout, ldm_layout
 from ldmkit.interop.bottleneck import squared
 from ldmkit.interop.diffusers_layout import DIFFUSERS, config_page, to_diffusers
 from ldmkit.interop.layout import to_foreign, to_model
@@ -32,7 +33,6 @@ from ldmkit.interop.ldm_layout import LDM, from_ldm, to_ldm
 from ldmkit.interop.parity import Difference, require_parity
 from ldmkit.interop.reading import WEIGHTS_FILES
 from ldmkit.manifest import read_manifest
-from ldmkit.recipes import export as export_recipe
 from ldmkit.torchvision_import import import_torchvision
 
 SIZE = 32
@@ -99,7 +99,7 @@ def bring_in(source: Path, folder: Path, **options) -> Path:
 def send_out(ae: Path, to: str, folder: Path, **options) -> Path:
     out = folder / ("theirs.safetensors" if to == "ldm" else "theirs")
     return ldmkit.export(
-        ldmkit.ExportConfig.model_validate({"ae": ae, "to": to, "out": out} | options)
+        ldmkit.ExportConfig.model_validate({"model": ae, "to": to, "out": out} | options)
     )
 
 
@@ -686,7 +686,7 @@ def test_an_export_that_differs_leaves_nothing(tmp_path, monkeypatch, to):
         result["encoder.conv_in.bias"] = result["encoder.conv_in.bias"] + 0.01
         return result
 
-    monkeypatch.setattr(getattr(export_recipe, f"{to}_layout"), f"to_{to}", wrong)
+    monkeypatch.setattr((diffusers_layout if to == "diffusers" else ldm_layout), f"to_{to}", wrong)
     with pytest.raises(DataError, match="nothing was written"):
         send_out(ae, to, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ae.safetensors"]

@@ -163,6 +163,8 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
     path = work(config)
     if name == "eval-ae" and as_json:
         return (path / "report.json").read_text(encoding="utf-8")
+    if name == "import" and path.is_dir():  # a whole model: a line for each of its files
+        return "".join(f"{file}\n" for file in sorted(path.glob("*.safetensors")))
     return f"{path}\n"
 
 

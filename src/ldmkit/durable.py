@@ -54,8 +54,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.iterdir():
-            flush_to_disk(file)
+        for inside in temporary.rglob("*"):
+            flush_to_disk(inside)
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)

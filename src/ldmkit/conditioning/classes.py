@@ -49,8 +49,9 @@ class ClassConditioner(nn.Module):
             raise ValueError(f"{sizes} are no sizes of label sets: each has one class or more")
         self.way = way
         *starts, rows = itertools.accumulate((size + 1 for size in sizes), initial=0)
-        self.register_buffer("offsets", torch.tensor(starts), persistent=False)
-        self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
+        # on the CPU also where the model is without memory: weights that are loaded do not bring them
+        self.register_buffer("offsets", torch.tensor(starts, device="cpu"), persistent=False)
+        self.register_buffer("sizes", torch.tensor(sizes, device="cpu"), persistent=False)
         self.embedding = nn.Embedding(rows, width)
 
     def empty(self, values: BatchLabels) -> BatchLabels:

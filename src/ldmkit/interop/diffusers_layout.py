@@ -96,7 +96,7 @@ def from_diffusers(
     for wanted, name in ((foreign.use_quant_conv, QUANT), (foreign.use_post_quant_conv, POST)):
         if wanted and f"{name}.weight" not in tensors:
             raise DataError(f"{source} lacks tensor {name}.weight, which its config.json promises")
-    mine = squared({_new_name(name): tensor for name, tensor in tensors.items()}, source)
+    mine = squared({new_name(name): tensor for name, tensor in tensors.items()}, source)
     latent_channels = shape(mine, "decoder.conv_in.weight", source)[1]
     config = _config_of(foreign, kind == "VQModel", latent_channels, legacy_commitment, source)
     model = to_model(mine, config, foreign.in_channels, DIFFUSERS, source)
@@ -216,7 +216,7 @@ def _with_attention(blocks: Sequence[str]) -> list[bool]:
     return [block.startswith(ATTENTION) for block in blocks]
 
 
-def _new_name(name: str) -> str:
+def new_name(name: str) -> str:
     """Names of attention weights before diffusers 0.18 as the later ones."""
     match = OLD_NAME.fullmatch(name)
     return f"{match[1]}.{OLD_ATTENTION[match[2]]}.{match[3]}" if match else name

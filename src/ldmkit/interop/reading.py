@@ -13,6 +13,8 @@ from ldmkit.interop.layout import Imported, Tensors
 from ldmkit.interop.ldm_layout import from_ldm
 from ldmkit.unpickling import read_pickled_tensors
 
+CONFIG = "config.json"
+"""Beside every model in folders of diffusers."""
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUBFOLDERS = ("", "vae", "vqvae", "movq")
 """Where a folder of diffusers has its autoencoder: itself, or within a whole pipeline."""
@@ -30,25 +32,20 @@ def read_autoencoder(source: Path) -> Imported:
         DataError: it is missing, damaged, or not an autoencoder that ours can express.
     """
     if not source.is_dir():
-        tensors, metadata = _read_tensors(source)
-        imported = from_ldm(tensors, str(source), legacy_commitment=_is_legacy(metadata))
-        resolution = metadata.get(RESOLUTION_KEY, "")
-        return imported._replace(size=int(resolution) if resolution.isdecimal() else None)
+        return autoencoder_in(*read_tensors(source), str(source))
     folders = (source / name for name in SUBFOLDERS)
-    folder = next((folder for folder in folders if (folder / "config.json").is_file()), source)
-    page = _read_page(folder / "config.json")
-    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
-    if weights is None:
-        raise DataError(f"{folder} has none of {', '.join(WEIGHTS_FILES)}")
-    tensors, metadata = _read_tensors(weights)
+    folder = next((folder for folder in folders if (folder / CONFIG).is_file()), source)
+    page = read_page(folder / CONFIG)
+    tensors, metadata = read_tensors(weights_of(folder))
     return from_diffusers(tensors, page, str(folder), legacy_commitment=_is_legacy(metadata))
 
 
-def _is_legacy(metadata: dict[str, str]) -> bool:
-    return metadata.get(LEGACY_KEY, "true") == "true"
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """All tensors of a file, pickled or safetensors, and what the latter's header says beside them.
 
-
-def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    Raises:
+        DataError: it is missing, damaged, or a file of ldmkit already.
+    """
     if path.suffix in PICKLED:
         return read_pickled_tensors(path), {}
     try:
@@ -61,7 +58,39 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise DataError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def _read_page(path: Path) -> dict[str, Any]:
+def autoencoder_in(tensors: Tensors, metadata: dict[str, str], source: str) -> Imported:
+    """The autoencoder among the tensors of a file of the ldm layout.
+
+    Raises:
+        DataError: there is none, or it is not one that ours can express.
+    """
+    imported = from_ldm(tensors, source, legacy_commitment=_is_legacy(metadata))
+    resolution = metadata.get(RESOLUTION_KEY, "")
+    return imported._replace(size=int(resolution) if resolution.isdecimal() else None)
+
+
+def _is_legacy(metadata: dict[str, str]) -> bool:
+    return metadata.get(LEGACY_KEY, "true") == "true"
+
+
+def weights_of(folder: Path) -> Path:
+    """The file with the weights of a model in a folder of diffusers.
+
+    Raises:
+        DataError: there is none.
+    """
+    weights = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        raise DataError(f"{folder} has none of {', '.join(WEIGHTS_FILES)}")
+    return weights
+
+
+def read_page(path: Path) -> dict[str, Any]:
+    """A JSON file that is one table of settings.
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
     try:
         with path.open("rb") as file:
             page = json.loads(file.read(MAX_PAGE_BYTES))
