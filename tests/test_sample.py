@@ -34,10 +34,10 @@ from ldmkit.modelfile import load
 from ldmkit.requests import text_values
 
 UNET = UNetConfig(
-    channels=16,
-    multipliers=(1, 2),
+    channels=8,
+    multipliers=(1,),
     residual_blocks=1,
-    attention_factors=(2,),
+    attention_factors=(1,),
     head_channels=8,
     norm_groups=4,
     context_channels=8,
@@ -151,15 +151,14 @@ def test_unguided_and_guided_ddim_are_what_they_were(ldm):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sample_of_any_sampler_depends_on_its_seed_alone(sampler, ldm, tmp_path):
-    settings = {"sampler": sampler, "steps": 13, "num": 5}  # so many that restart restarts
+    steps = 13 if sampler == "restart" else 5  # so many that restart restarts
+    settings = {"sampler": sampler, "steps": steps, "num": 4}
     alone = drawn(ldm, tmp_path, batch_size=1, **settings)
     together = drawn(ldm, tmp_path, batch_size=4, **settings)
     assert alone.isfinite().all()
     assert torch.equal(alone, together)
-    later = drawn(ldm, tmp_path, batch_size=4, **settings | {"seed": 3, "num": 1})
-    assert torch.equal(later, together[3:4])
 
-    model, manner = load_diffusion(ldm), Manner(13, sampler=sampler)
+    model, manner = load_diffusion(ldm), Manner(steps, sampler=sampler)
     values = values_for(model, 4)
     four = draw_latents(model, values, (4, *SHAPE), seeded_noise(range(4)), manner)
     one = {kind: value[2:3] for kind, value in values.items()}
@@ -168,7 +167,7 @@ def test_a_sample_of_any_sampler_depends_on_its_seed_alone(sampler, ldm, tmp_pat
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 14])
+@pytest.mark.parametrize("steps", [1, 6])
 def test_steps_are_the_calls_of_the_model(sampler, steps, ldm):
     model, calls = load_diffusion(ldm), []
     ask = model.denoise
@@ -180,7 +179,7 @@ def test_steps_are_the_calls_of_the_model(sampler, steps, ldm):
 
 
 def test_a_grid_is_walked_and_auto_is_the_schedules_own(ldm, tmp_path):
-    found = {grid: drawn(ldm, tmp_path, grid=grid) for grid in get_args(GridName)}
+    found = {grid: drawn(ldm, tmp_path, grid=grid, num=1) for grid in get_args(GridName)}
     assert torch.allclose(found["auto"], found["trailing"], rtol=1e-4, atol=1e-4)
     for grid in ("linspace", "leading", "karras", "exponential", "beta", "align-your-steps"):
         assert not torch.allclose(found["auto"], found[grid], rtol=1e-2)
@@ -203,8 +202,9 @@ def test_parameters_reach_their_samplers(ldm, tmp_path):
         ("restart", {"sampler_options": SamplerOptions(restart_interval=(0.3, 1.0))}),
         ("restart", {"sampler_options": SamplerOptions(restart_repeats=1)}),
     ):
-        usual = drawn(ldm, tmp_path, sampler=sampler, steps=14)
-        changed = drawn(ldm, tmp_path, sampler=sampler, steps=14, **settings)
+        both = {"sampler": sampler, "steps": 14 if sampler == "restart" else 5, "num": 1}
+        usual = drawn(ldm, tmp_path, **both)
+        changed = drawn(ldm, tmp_path, **both, **settings)
         assert not torch.allclose(usual, changed, rtol=1e-3), (sampler, settings)
     ancestral = drawn(ldm, tmp_path, sampler="euler-ancestral")
     assert torch.equal(ancestral, drawn(ldm, tmp_path, sampler="ddim", eta=1.0))
@@ -323,7 +323,7 @@ def test_a_weaker_model_takes_the_place_of_the_null(parameterization, ldm, tmp_p
         tmp_path / "weak.safetensors",
         *(TEXT, CLASS),  # in another order
         seed=1,
-        network={"channels": 8},
+        network={"channels": 16},
         parameterization=parameterization,
     )
     model = load_diffusion(ldm)
@@ -391,9 +391,9 @@ def test_self_conditioning_sees_the_guided_estimate(guided, tmp_path):
     assert torch.equal(seen[2], results[1])
     unseen = denoise_at(model, values, guide, sigmas)(x, sigmas[1:2].expand(2))
     assert not torch.allclose(unseen, results[1], rtol=1e-3)
-    alone = drawn(path, tmp_path, batch_size=1, **settings)
+    alone = drawn(path, tmp_path, batch_size=1, steps=2, **settings)
     assert alone.isfinite().all()
-    assert torch.equal(alone, drawn(path, tmp_path, batch_size=4, **settings))
+    assert torch.equal(alone, drawn(path, tmp_path, batch_size=4, steps=2, **settings))
 
 
 @pytest.mark.parametrize(
@@ -475,6 +475,6 @@ def test_the_commands_of_the_page_run(ldm, tmp_path, monkeypatch, run):
     for line in lines:
         program, command, model, *options = shlex.split(line, comments=True)
         assert (program, command, model) == ("ldmkit", "sample", "ldm.safetensors")
-        done = run(command, ldm, *options, "--num", 2)
+        done = run(command, ldm, *options, "--num", 2, "--steps", 3)
         assert done.returncode == 0, done.stderr.decode()
         assert done.stdout.decode() == f"{options[options.index('-o') + 1]}\n"
