@@ -216,7 +216,7 @@ def test_labels_by_name_index_and_none(pipeline, tmp_path, run):
         "grid.png",
     ]
     one_sentence(run(*command, "--label", "triangle"), 2, "'triangle'", "0 circle, 1 square")
-    one_sentence(run(*command, "--label", "2"), 2, "no such class")
+    one_sentence(run(*command, "--label", "2"), 2, "is no class")
     one_sentence(run(*command[:3], 1, "--steps", 1001), 2, "1 to 1000")
 
 

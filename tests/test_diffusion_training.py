@@ -499,7 +499,7 @@ def test_the_validation_loss_is_the_same_each_time_and_depends_on_the_weights_al
 def test_validation_latents_of_another_autoencoder_or_other_classes_are_refused(latents, tmp_path):
     means = torch.randn(4, 3, 4, 4)
     others = write_set(tmp_path / "others", [means])
-    with pytest.raises(DataError, match="others have other classes than the model"):
+    with pytest.raises(DataError, match="others has other classes than the model"):
         ldmkit.train_diffusion(settings(tmp_path / "a", latents, validation_latents=others))
     manifest = others / "manifest.json"
     manifest.write_text(manifest.read_text().replace("0" * 64, "1" * 64))

@@ -6,7 +6,7 @@ import ldmkit
 from conftest import diffusion_config
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.self_conditioning import estimating_first, remembering
-from ldmkit.diffusion.denoiser import guided
+from ldmkit.diffusion.guidance import Branches, Guidance, classifier_free
 from ldmkit.modelfile import load
 from test_latent_set import write_set
 
@@ -60,7 +60,8 @@ def test_sampling_sees_the_guided_result_of_the_call_before():
         seen.append(condition.previous)
         return x
 
-    denoise = remembering(guided(network, 2.0))
+    guided = classifier_free(network, Guidance((2.0,)))
+    denoise = remembering(lambda x, sigma, told: guided(x, sigma, Branches(told, told)))
     first = denoise(torch.ones(2, 1, 1, 1), torch.ones(2), Condition())
     denoise(torch.ones(2, 1, 1, 1), torch.ones(2), Condition())
     assert seen[0] is None

@@ -22,6 +22,8 @@ def _rises(pair: tuple[float, float]) -> tuple[float, float]:
 
 ValueRange = Annotated[tuple[Finite, Finite], AfterValidator(_rises)]
 """The values that become -1 and 1."""
+NoiseRange = Annotated[tuple[Weight, Weight], AfterValidator(_rises)]
+"""Noise levels, standard deviations of whitened latents; the upper one may be infinite."""
 
 
 def listed(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards

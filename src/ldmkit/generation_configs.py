@@ -1,12 +1,79 @@
 """Config of `sample`: what is drawn from a diffusion model, told what, and how. Imports no torch."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ldmkit.configs import STREAM
-from ldmkit.fields import Config, Count, Fraction, Positive, Weight, argument, field
+from ldmkit.fields import (
+    Config,
+    Count,
+    Fraction,
+    NoiseRange,
+    Positive,
+    argument,
+    field,
+)
+
+SamplerName = Literal[
+    "ddpm",
+    "ddim",
+    "plms",
+    "euler",
+    "euler-ancestral",
+    "heun",
+    "lms",
+    "dpmpp-2s",
+    "dpmpp-2m",
+    "dpmpp-2m-sde",
+    "dpmpp-3m-sde",
+    "unipc",
+    "deis",
+    "er-sde",
+    "restart",
+]
+"""Keep in step with `diffusion.samplers.SAMPLERS`; a test compares them."""
+GridName = Literal[
+    "auto",
+    "trailing",
+    "linspace",
+    "leading",
+    "ldm",
+    "karras",
+    "exponential",
+    "beta",
+    "align-your-steps",
+]
+"""Keep in step with `diffusion.grids.GRIDS`, but for auto; a test compares them."""
+Combination = Literal["composed", "nested"]
+GrowthName = Literal["constant", "linear", "cosine"]
+"""Keep both in step with `diffusion.guidance`; a test compares them."""
+USUAL_GUIDANCE = 2.0
+
+
+class SamplerOptions(Config):
+    """Parameters of single samplers; None is the sampler's own default."""
+
+    order: Annotated[int, Field(ge=1, le=4)] | None = field(
+        None,
+        "Steps that are looked back on, this one included: lms 1 to 4 (default 4); unipc, deis, er-sde 1 to"
+        " 3 (default 3)",
+    )
+    churn: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = field(
+        None,
+        "euler, heun: noise added before steps, over all of them together (S_churn of Karras et al. 2022;"
+        " default 0)",
+    )
+    restart_interval: NoiseRange | None = field(
+        None,
+        "restart: noise levels (standard deviations of whitened latents) between which the way is"
+        " repeated (default 0.1,2)",
+    )
+    restart_repeats: Positive | None = field(
+        None, "restart: how often it is repeated at most (default 2)"
+    )
 
 
 class SampleConfig(Config):
@@ -40,15 +107,71 @@ class SampleConfig(Config):
     holdout: Fraction = field(
         0.0, "With --like: only the share that training with this --holdout kept out; 0 = all"
     )
-    steps: Positive = field(50, "Model calls for each sample (1 to T)")
-    guidance: Weight = field(2.0, "Classifier-free guidance weight; 1 = off")
-    eta: Annotated[float, Field(ge=0, le=1)] = field(0.0, "Noise put back by DDIM; 1 = DDPM")
+    steps: Positive = field(50, "Model calls for each sample, exactly")
+    sampler: SamplerName = field("ddim", "How noise becomes latents (docs/samplers.md)")
+    grid: GridName = field(
+        "auto",
+        "Which noise levels the sampler visits (docs/samplers.md); auto = the schedule's own: trailing for"
+        " discrete ones, even in time for flow, even in sigma^(1/rho) for edm",
+    )
+    eta: Annotated[float, Field(ge=0, le=1)] | None = field(
+        None,
+        "Share of the noise that is drawn anew: ddim (default 0; 1 = DDPM), euler-ancestral, dpmpp-2m-sde,"
+        " dpmpp-3m-sde (default 1)",
+    )
+    sampler_options: SamplerOptions = SamplerOptions()
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = field(
+        None,
+        "Weight of classifier-free guidance by all conditions together; 1 = off. Conditions that are"
+        " concatenated (labelmap, lowres, mask) stay told (default: 2). With --weaker, its weight",
+    )
+    guidance_of: tuple[str, ...] = field(
+        (),
+        "KIND=WEIGHT: a condition's own weight, such as text=7.5; repeat for several, each of which takes one"
+        " more row in each model call. Conditions without one stay told",
+    )
+    guidance_combination: Combination = field(
+        "composed",
+        "Several weights: composed, each condition alone against none; nested, each beside those named before"
+        " it",
+    )
+    guidance_interval: NoiseRange | None = field(
+        None,
+        "Noise levels (standard deviations of whitened latents) within which guidance acts; HI may be inf"
+        " (default: all)",
+    )
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = field(
+        0.0,
+        "Share of the guided estimate that gets the standard deviation of the unguided one, against"
+        " overexposure; 0 = off",
+    )
+    guidance_growth: GrowthName = field(
+        "constant", "How weights grow from the first step to the last; their mean stays as given"
+    )
+    negative: str | None = field(
+        None, "Text to lead away from: takes the place of the empty one in guidance"
+    )
+    weaker: Path | None = field(
+        None,
+        "Weaker model file to lead away from (autoguidance), instead of from the model told nothing: smaller,"
+        " or trained for less long, on the same latents",
+    )
     seed: Count = field(0, "Seed of the first sample; the next ones count up")
     batch_size: Positive = field(
         16,
         "Samples in a message and, but on the CPU, drawn at once; the result does not depend on it",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
+
+    @property
+    def weight(self) -> float:
+        """The one weight, where no condition has its own."""
+        return USUAL_GUIDANCE if self.guidance is None else self.guidance
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Kind of condition -> its own weight, in the order they were named in."""
+        return dict(_kind_and_weight(one) for one in self.guidance_of)
 
     @model_validator(mode="after")
     def _one_source(self) -> "SampleConfig":
@@ -64,3 +187,33 @@ class SampleConfig(Config):
         if self.holdout and self.like is None:
             raise ValueError("--holdout needs --like")
         return self
+
+    @model_validator(mode="after")
+    def _guidance_stands_together(self) -> "SampleConfig":
+        if len(self.weights) < len(self.guidance_of):
+            raise ValueError("--guidance-of names each kind of condition once")
+        if self.guidance_of and self.guidance is not None:
+            raise ValueError(
+                "--guidance is one weight for all, --guidance-of one for each: give one"
+            )
+        if self.guidance_combination != "composed" and len(self.guidance_of) < 2:
+            raise ValueError("--guidance-combination is for two --guidance-of or more")
+        if self.weaker is not None and (self.guidance_of or self.negative is not None):
+            other = "--guidance-of" if self.guidance_of else "--negative"
+            raise ValueError(
+                f"--weaker and {other} both say what to lead away from: leave one of them out"
+            )
+        return self
+
+
+def _kind_and_weight(given: str) -> tuple[str, float]:
+    kind, _, number = given.partition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not kind.strip() or not 0.0 <= weight < math.inf:
+        raise ValueError(
+            f"--guidance-of {given}: write KIND=WEIGHT with a weight of 0 or more, such as text=7.5"
+        )
+    return kind.strip(), weight

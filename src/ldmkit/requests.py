@@ -87,6 +87,23 @@ def asked_of(config: SampleConfig, model: DiffusionConfig, source: BufferedIOBas
     )
 
 
+def text_values(model: DiffusionConfig, text: str, where: str) -> Tensor:
+    """The values of one sample that is told a text.
+
+    Args:
+        model: what it can be told.
+        text: in words.
+        where: the option that says it.
+
+    Raises:
+        UsageError: the model cannot be told a text, or not this one.
+    """
+    request = Request(where, {"text": text})
+    conditions = {condition.kind: condition for condition in model.conditions}
+    _require_known(request, list(conditions), "the model")
+    return _row(conditions["text"], request)
+
+
 def _requests(
     config: SampleConfig, model: DiffusionConfig, source: BufferedIOBase | None
 ) -> list[Request]:

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from ldmkit.diffusion.parameterization import Parameterization
 from ldmkit.diffusion.schedule import Schedule
 from ldmkit.tensors import Latents, Sigmas
@@ -27,18 +25,3 @@ def denoiser(
         return c_skip * x + c_out * prediction.float()
 
     return denoise
-
-
-def guided(denoise: Denoise, weight: float) -> Denoise:
-    """Classifier-free guidance (Ho and Salimans 2021) behind the same interface.
-
-    clean = null + weight (conditional - null), both from one call on a doubled batch. The condition
-    given to the result must hold the conditional rows first and as many null rows behind them.
-    """
-
-    def guided_denoise(x: Latents, sigma: Sigmas, condition: Any) -> Latents:  # noqa: ANN401
-        both = denoise(torch.cat([x, x]), torch.cat([sigma, sigma]), condition)
-        conditional, null = both.chunk(2)
-        return null + weight * (conditional - null)
-
-    return guided_denoise

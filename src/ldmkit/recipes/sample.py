@@ -10,10 +10,11 @@ import torch
 from ldmkit.assembly import diffusion_facts, load_diffusion
 from ldmkit.configs import STREAM
 from ldmkit.data.latents import text_columns
-from ldmkit.drawing import Manner, draw_latents, seeded_noise
+from ldmkit.drawing import draw_latents, seeded_noise
 from ldmkit.errors import UsageError
 from ldmkit.facts import DiffusionFacts, SampleFacts
 from ldmkit.generation_configs import SampleConfig
+from ldmkit.manner import manner_of
 from ldmkit.modelfile import save, versions, write_message
 from ldmkit.requests import as_lines, asked_of
 from ldmkit.tensors import Labels, Latents
@@ -37,23 +38,19 @@ def sample(
         The sample file; None if it was streamed.
 
     Raises:
-        UsageError: an unknown class, more steps than the model has, or `-` without a stream.
-        DataError: the model file cannot be used, or a line of a file of conditions.
+        UsageError: an unknown class, a sampler or guidance that does not fit, or `-` without a stream.
+        DataError: a model file cannot be used, or a line of a file of conditions.
     """
     if config.out == STREAM and stream is None:
         raise UsageError("out is `-`, and no stream was given to write to")
     facts = diffusion_facts(config.model)
     device = pick_device(config.device)
     model = load_diffusion(config.model, device)
-    try:
-        model.schedule.steps(config.steps)
-    except ValueError as error:
-        raise UsageError(f"--steps: {error}") from error
+    manner = manner_of(config, model)
     asked = asked_of(config, model.config, source)
 
     total = len(asked.said)
     seeds = torch.arange(total, dtype=torch.int64) + config.seed
-    manner = Manner(config.steps, config.guidance, config.eta)
     drawn: list[Latents] = []
     with track("sample", total, unit="sample") as progress:
         for first in range(0, total, config.batch_size):

@@ -31,7 +31,7 @@ from ldmkit.diffusion_step import (
     learner_of,
     take_step,
 )
-from ldmkit.drawing import Manner, draw_latents
+from ldmkit.drawing import Manner, draw_latents, guide_together
 from ldmkit.errors import InterruptedRun, NonFiniteError, UsageError
 from ldmkit.facts import DiffusionFacts
 from ldmkit.held_back import VALIDATED, VALUES, HeldBack, as_sentence, held_back_latents, validate
@@ -275,7 +275,7 @@ def preview(
     values = values_of(data.readers, indices, generator_for(config.seed, VALUES))
     shape = (PREVIEWS, *latents.manifest.latent_shape)
     noise = noise_from(generator_for(config.seed, PREVIEW))
-    manner = Manner(config.preview_steps, config.preview_guidance)
-    clean = draw_latents(model, values, shape, noise, manner)
+    guide = guide_together(model.config.conditions, config.preview_guidance)
+    clean = draw_latents(model, values, shape, noise, Manner(config.preview_steps, guide))
     with torch.no_grad():
         return to_pixels(autoencoder.decode(clean))

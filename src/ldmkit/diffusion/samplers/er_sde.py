@@ -8,6 +8,7 @@ from ldmkit.diffusion.samplers.stepping import (
     OnStep,
     at,
     gauss_rule,
+    require_order,
     steps_of,
     towards,
 )
@@ -41,7 +42,11 @@ def sample_er_sde(
         order: how many steps are looked back on, this one included; 1 to 3.
         s_noise: factor on fresh noise.
         on_step: called after each step with its number and the clean latents expected.
+
+    Raises:
+        ValueError: there is no such order.
     """
+    require_order(order, 3)
     history: list[tuple[Latents, float]] = []
     for step, level, following in steps_of(sigmas):
         clean = at(denoise, x, level)

@@ -15,6 +15,7 @@ from ldmkit.diffusion.samplers.stepping import (
     OnStep,
     at,
     lagrange_integrals,
+    require_order,
     steps_of,
     towards,
 )
@@ -96,7 +97,11 @@ def sample_lms(
         noise: never called.
         order: how many steps are looked back on, this one included; 1 to 4.
         on_step: called after each step with its number and the clean latents expected.
+
+    Raises:
+        ValueError: there is no such order.
     """
+    require_order(order, 4)
     slopes: list[Latents] = []
     nodes: list[float] = []
     for step, level, following in steps_of(sigmas):
@@ -130,7 +135,11 @@ def sample_deis(
         noise: never called.
         order: how many steps are looked back on, this one included; 1 to 3.
         on_step: called after each step with its number and the clean latents expected.
+
+    Raises:
+        ValueError: there is no such order.
     """
+    require_order(order, 3)
     slopes: list[Latents] = []
     nodes: list[float] = []
     for step, level, following in steps_of(sigmas):

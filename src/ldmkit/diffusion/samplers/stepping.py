@@ -40,6 +40,12 @@ def towards(clean: Latents, x: Latents, kept: float) -> Latents:
     return clean + kept * (x - clean)
 
 
+def require_order(order: int, most: int) -> None:
+    """Raise ValueError where a multistep method has no such order."""
+    if not 1 <= order <= most:
+        raise ValueError(f"order {order} asked for; take 1 to {most}")
+
+
 def log_ratio(level: float, following: float) -> float:
     """Half of a step in log-SNR, ln(level / following): h in the papers."""
     return math.log(level / following)

@@ -11,6 +11,7 @@ from ldmkit.diffusion.samplers.stepping import (
     OnStep,
     at,
     log_ratio,
+    require_order,
     steps_of,
     towards,
 )
@@ -44,7 +45,11 @@ def sample_unipc(
         order: of the predictor, 1 to 3; the corrector's is one higher.
         kind: the paper's B(h), h or e^h - 1; for few steps it prefers bh1 without, bh2 with guidance.
         on_step: called after each step with its number and the clean latents expected.
+
+    Raises:
+        ValueError: there is no such order.
     """
+    require_order(order, 3)
     steps = len(sigmas) - 1
     former, history, used = x, [], 0
     for step, level, following in steps_of(sigmas):
