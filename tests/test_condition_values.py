@@ -6,15 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ldmkit.conditioning.label import LabelConditioner
 from torch import Tensor, nn
 
 from ldmkit.conditioning.classes import ClassConditioner, class_index, class_row
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.image import (
-    EmbeddingConditioner,
     PictureConditioner,
-    embedding_row,
     picture_row,
 )
 from ldmkit.conditioning.layout import LayoutConditioner, LayoutFormat, layout_of_boxes
@@ -66,9 +63,6 @@ CASES = {
     ),
     "picture": lambda generator: Case(
         PictureConditioner(3, 16, WIDTH, hidden=8), _pictures(generator), 5
-    ),
-    "embedding": lambda generator: Case(
-        EmbeddingConditioner(2, 6, WIDTH), torch.randn(4, 2, 6, generator=generator), 2
     ),
 }
 
@@ -144,12 +138,12 @@ def test_the_state_can_be_loaded_strictly(case):
 # classes
 
 
-def test_one_set_is_the_former_conditioner():
-    former = LabelConditioner(5, WIDTH)
+def test_the_table_of_one_set_ends_with_the_null():
     conditioner = ClassConditioner((5,), WIDTH)
-    conditioner.load_state_dict(former.state_dict())
-    labels = torch.tensor([0, 4, -1, 2])
-    assert torch.equal(conditioner(labels[:, None]).tokens, former(labels).tokens)
+    table = conditioner.embedding.weight
+    assert table.shape == (6, WIDTH)
+    found = conditioner(torch.tensor([[0], [4], [-1]])).tokens
+    assert torch.equal(found[:, 0], table[[0, 4, 5]])
 
 
 def test_sets_have_rows_of_their_own():
@@ -333,15 +327,3 @@ def test_picture_rows(generator):
     for size in (0, 4, 20):
         with pytest.raises(ValueError, match="multiple of 8"):
             PictureConditioner(3, size, WIDTH)
-
-
-def test_embedding_rows():
-    assert embedding_row(torch.ones(6), 1, 6).shape == (1, 6)
-    assert embedding_row(torch.ones(2, 6, dtype=torch.float16), 2, 6).dtype == torch.float32
-    for bad, message in (
-        (torch.ones(5), r"floating point \[2, 6\], not torch.float32 \[5\]"),
-        (torch.ones(2, 6, dtype=torch.int64), "not torch.int64"),
-        (torch.full((2, 6), math.inf), "not finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            embedding_row(bad, 2, 6)

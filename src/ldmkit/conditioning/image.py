@@ -1,4 +1,4 @@
-"""Pictures as conditions, for variations: a picture, or a stored embedding of one, to tokens."""
+"""Pictures as conditions, for variations: a small one to tokens, by a network trained along."""
 
 import math
 
@@ -26,7 +26,6 @@ SLACK = 1e-3
 """How far values may leave [-1, 1] by rounding."""
 
 Pictures = Float[Tensor, "batch channels size size"]
-Embeddings = Float[Tensor, "batch count width"]
 
 
 class PictureConditioner(nn.Module):
@@ -75,34 +74,6 @@ class PictureConditioner(nn.Module):
         return Condition(tokens=torch.where(told, tokens, self.nothing))
 
 
-class EmbeddingConditioner(nn.Module):
-    """A stored embedding of a picture, from a frozen network, to tokens (as Ye et al. 2023).
-
-    Values are `[b, n, embedded]`. A row that is all NaN is the empty one: it gets learnt tokens.
-
-    Args:
-        count: vectors n of an embedding; 1 where it is pooled.
-        embedded: width of these.
-        width: of the tokens.
-    """
-
-    def __init__(self, count: int, embedded: int, width: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(embedded, width)
-        self.norm_out = nn.LayerNorm(width)
-        self.nothing = nn.Parameter(torch.randn(count, width))
-
-    def empty(self, values: Embeddings) -> Embeddings:
-        """All NaN."""
-        return torch.full_like(values, math.nan)
-
-    def forward(self, values: Embeddings) -> Condition:
-        """Tokens `[b, n, width]`."""
-        embeddings, told = _told(values.to(self.nothing.device))
-        tokens = self.norm_out(self.project(embeddings))
-        return Condition(tokens=torch.where(told, tokens, self.nothing))
-
-
 def picture_row(picture: Tensor, channels: int, size: int) -> Float[Tensor, "channels size size"]:
     """One row of values: a square picture `[c, h, h]` in [-1, 1], made `size` pixels wide.
 
@@ -136,23 +107,6 @@ def picture_row(picture: Tensor, channels: int, size: int) -> Float[Tensor, "cha
         picture[None].float(), (size, size), mode="bicubic", antialias=True, align_corners=False
     )
     return resized[0].clamp(-1.0, 1.0)
-
-
-def embedding_row(embedding: Tensor, count: int, embedded: int) -> Float[Tensor, "count width"]:
-    """One row of values: an embedding `[count, embedded]`, or `[embedded]` where it is pooled.
-
-    Raises:
-        ValueError: it has another shape, or numbers that are not finite.
-    """
-    shaped = embedding[None] if embedding.ndim == 1 else embedding
-    if shaped.shape != (count, embedded) or not shaped.is_floating_point():
-        raise ValueError(
-            f"an embedding for this model is floating point {[count, embedded]}, not "
-            f"{embedding.dtype} {list(embedding.shape)}"
-        )
-    if not shaped.isfinite().all():
-        raise ValueError("the embedding has numbers that are not finite: make it anew")
-    return shaped.float()
 
 
 def _told(values: Tensor) -> tuple[Tensor, Bool[Tensor, "batch 1 1"]]:
