@@ -93,7 +93,7 @@ def said(path):
 
 def test_smoothing_keeps_a_straight_line_and_evens_out_noise():
     line = [(float(x), 3.0 * x - 1.0) for x in range(40)]
-    assert np.array(curves.smoothed(line, 7)) == pytest.approx(np.array(line))
+    assert np.array(curves.smoothed(line, 7)) == pytest.approx(np.array(line[1:-1]))
     wild = [(float(x), float((-1) ** x)) for x in range(41)]
     assert max(abs(y) for _, y in curves.smoothed(wild, 9)[8:-8]) <= 1 / 9 + 1e-12
     assert curves.smoothed([], 5) == []

@@ -55,14 +55,16 @@ def finite(points: Iterable[Point]) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point], window: int) -> list[Point]:
-    """Running mean over `window` neighbours, centred; fewer, but as many to each side, at the ends.
+    """Running mean over `window` neighbours, centred; fewer, but as many to each side, towards the ends.
 
-    A straight line stays what it is. Of very many points it is taken at about `MOST_POINTS` places.
+    A straight line stays what it is. Where less than a third of a window is left, there is no point. Of very many points it is taken at about `MOST_POINTS` places.
     """
     values = [value for _, value in points]
     result = []
     for place in range(0, len(points), max(1, len(points) // MOST_POINTS)):
         half = min(window // 2, place, len(points) - 1 - place)
+        if half < window // 6:
+            continue
         # summed anew at each place: with running sums one spike would drown all that comes after it
         total = math.fsum(values[place - half : place + half + 1])
         result.append((points[place][0], total / (2 * half + 1)))

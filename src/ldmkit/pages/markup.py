@@ -43,8 +43,9 @@ summary { cursor: pointer; } .plot { display: block; height: auto; max-width: 34
 .plot .c3 { stroke: var(--d); } .plot .dot, .plot .bar { stroke: none; }
 .plot .dot.c0, .plot .bar.c0 { fill: var(--a); } .plot .dot.c1, .plot .bar.c1 { fill: var(--b); }
 .plot .dot.c2, .plot .bar.c2 { fill: var(--c); } .plot .dot.c3, .plot .bar.c3 { fill: var(--d); }
-LEVELS@media print { :root { --page: #fff; --text: #000; --a: #2563c9; --b: #c2570c; --c: #15803d; --d: #9333a8; }
- body { font-size: 10pt; max-width: none; } nav { display: none; }
+LEVELS@media (max-width: 30rem) { .plot text { font-size: 14px; } }
+@media print { :root { --page: #fff; --text: #000; --a: #2563c9; --b: #c2570c; --c: #15803d; --d: #9333a8; }
+ body { font-size: 10pt; max-width: none; } .figures { grid-template-columns: 1fr 1fr; } nav { display: none; }
  figure, tr, .findings li { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """.replace(
     "LEVELS",

@@ -112,37 +112,37 @@ def read_log(path: Path, problems: list[str]) -> Log:
         path: of the file.
         problems: gets a sentence for what is damaged.
     """
-    series: dict[str, list[Point]] = {}
-    not_finite: dict[str, float] = {}
-    unreadable, cut = 0, False
+    log = Log({}, 0, False, {})
     try:
-        file = path.open(encoding="utf-8", errors="replace")
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                log = _with_line(log, line)
+    except FileNotFoundError:
+        return log
     except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            problems.append(f"{METRICS} cannot be read ({error.strerror}), so there are no curves")
-        return Log(series, 0, cut, not_finite)
-    with file:
-        for line in file:
-            cut = not line.endswith("\n")
-            step, numbers = _line(line)
-            if step is None:
-                unreadable += bool(line.strip()) and not cut
-                continue
-            cut = False
-            for name, value in numbers.items():
-                if math.isfinite(value):
-                    series.setdefault(name, []).append((step, value))
-                else:
-                    not_finite.setdefault(name, step)
-    if unreadable:
-        problems.append(f"{unreadable} line(s) of {METRICS} are damaged and left out")
-    if cut:
+        problems.append(f"{METRICS} cannot be read ({error.strerror}), so there are no curves")
+    if log.unreadable:
+        problems.append(f"{log.unreadable} line(s) of {METRICS} are damaged and left out")
+    if log.cut:
         problems.append(
             f"the last line of {METRICS} is cut off and left out: the run is writing, or was killed"
         )
-    return Log(
-        {name: sorted(points) for name, points in series.items()}, unreadable, cut, not_finite
-    )
+    return log._replace(series={name: sorted(points) for name, points in log.series.items()})
+
+
+def _with_line(log: Log, line: str) -> Log:
+    """The log with one more line; its dictionaries are filled in place."""
+    step, numbers = _line(line)
+    if step is None:
+        whole = line.endswith("\n")
+        damaged = whole and bool(line.strip())
+        return log._replace(unreadable=log.unreadable + damaged, cut=not whole)
+    for name, value in numbers.items():
+        if math.isfinite(value):
+            log.series.setdefault(name, []).append((step, value))
+        else:
+            log.not_finite.setdefault(name, step)
+    return log
 
 
 def _line(line: str) -> tuple[float | None, dict[str, float]]:

@@ -32,7 +32,7 @@ TITLES = {
     "run": "Run directory",
 }
 MOST_ROWS, MOST_NAMES, MOST_EVALUATION_PICTURES = 60, 100, 8
-ASIDE = ("config", "versions", "units", "findings", "thresholds", "files", "schema_version")
+ASIDE = ("kind", "config", "versions", "units", "findings", "thresholds", "files", "schema_version")
 """Parts of an evaluation's report that have words or a place of their own."""
 
 
