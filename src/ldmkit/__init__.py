@@ -1,7 +1,7 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
 Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
-`ema`, `sample`, `decode`, `inspect`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
+`ema`, `sample`, `decode`, `inspect`, `report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
 `load_autoencoder` and `load_diffusion` give modules. All of it is imported on first use, so that
 `import ldmkit` costs nothing.
 """
@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from ldmkit.recipes.import_ import import_
     from ldmkit.recipes.inspect import inspect
     from ldmkit.recipes.presets import presets
+    from ldmkit.recipes.report import report
     from ldmkit.recipes.sample import sample
     from ldmkit.recipes.split import split
     from ldmkit.recipes.train_ae import train_ae
     from ldmkit.recipes.train_diffusion import train_diffusion
+    from ldmkit.report_configs import ReportConfig
 
 __all__ = [
     "CheckConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "ImportConfig",
     "InspectConfig",
     "PresetsConfig",
+    "ReportConfig",
     "SampleConfig",
     "SplitConfig",
     "TrainAEConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "load_autoencoder",
     "load_diffusion",
     "presets",
+    "report",
     "sample",
     "split",
     "train_ae",
@@ -73,6 +77,7 @@ __all__ = [
 
 
 CONFIG_HOMES = {
+    "ReportConfig": "ldmkit.report_configs",
     "SampleConfig": "ldmkit.generation_configs",
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),

@@ -20,7 +20,14 @@ from typing import Annotated, Any
 import typer
 
 import ldmkit
-from ldmkit import configs, data_configs, generation_configs, interchange_configs, terminal
+from ldmkit import (
+    configs,
+    data_configs,
+    generation_configs,
+    interchange_configs,
+    report_configs,
+    terminal,
+)
 from ldmkit.configfile import to_toml
 from ldmkit.errors import (
     DataError,
@@ -44,6 +51,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "sample": generation_configs.SampleConfig,
     "decode": configs.DecodeConfig,
     "inspect": configs.InspectConfig,
+    "report": report_configs.ReportConfig,
     "presets": configs.PresetsConfig,
     "import": interchange_configs.ImportConfig,
     "export": interchange_configs.ExportConfig,

@@ -154,6 +154,8 @@ def _typer_type(annotation: Any) -> tuple[Any, str | None]:  # noqa: ANN401
     annotation = _plain(annotation)
     if get_origin(annotation) is tuple:
         parts = get_args(annotation)
+        if parts[0] is Path:
+            return list[Path], None
         if parts[0] is str or get_origin(_plain(parts[0])) is Literal:
             return list[str], None
         name = _plain(parts[0]).__name__.upper()
