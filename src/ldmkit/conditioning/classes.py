@@ -38,9 +38,6 @@ class ClassConditioner(nn.Module):
         ValueError: there is no set, or one without classes.
     """
 
-    offsets: Tensor
-    sizes: Tensor
-
     def __init__(
         self, sizes: tuple[int, ...], width: int, *, way: Literal["tokens", "vector"] = "tokens"
     ) -> None:
@@ -49,9 +46,7 @@ class ClassConditioner(nn.Module):
             raise ValueError(f"{sizes} are no sizes of label sets: each has one class or more")
         self.way = way
         *starts, rows = itertools.accumulate((size + 1 for size in sizes), initial=0)
-        # on the CPU also where the model is without memory: weights that are loaded do not bring them
-        self.register_buffer("offsets", torch.tensor(starts, device="cpu"), persistent=False)
-        self.register_buffer("sizes", torch.tensor(sizes, device="cpu"), persistent=False)
+        self.offsets, self.sizes = tuple(starts), sizes
         self.embedding = nn.Embedding(rows, width)
 
     def empty(self, values: BatchLabels) -> BatchLabels:
@@ -65,9 +60,10 @@ class ClassConditioner(nn.Module):
             IndexError: a class that its set does not have.
         """
         values = values.to(self.embedding.weight.device)
-        rows = self.offsets + torch.where(values < 0, self.sizes, values)
+        offsets, sizes = values.new_tensor(self.offsets), values.new_tensor(self.sizes)
+        rows = offsets + torch.where(values < 0, sizes, values)
         # a class too high would read a row of the next set; this row no table has
-        rows = torch.where(values >= self.sizes, self.embedding.num_embeddings, rows)
+        rows = torch.where(values >= sizes, self.embedding.num_embeddings, rows)
         tokens = self.embedding(rows)
         return Condition(tokens=tokens) if self.way == "tokens" else Condition(vector=tokens.sum(1))
 
