@@ -107,14 +107,19 @@ def _lines_of(path: Path) -> Iterator[tuple[str, Provenance | None]]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line) if line else None
-            if record is not None:
-                file = str(record.pop("file"))
-                if file != Path(file).name:
-                    raise ValueError("a name that leads out of the directory")
-                yield file, record or None
+            found = [_entry(line)] if line else []
         except (ValueError, LookupError, AttributeError, RecursionError) as error:
-            if not path.name.endswith(UNFINISHED):  # whose last line may be cut off
-                raise DataError(
-                    f"{path}, line {number} is not one that ldmkit wrote; move the file away"
-                ) from error
+            if path.name.endswith(UNFINISHED):
+                continue  # a line that was cut off
+            raise DataError(
+                f"{path}, line {number} is not one that ldmkit wrote; move the file away"
+            ) from error
+        yield from found
+
+
+def _entry(line: str) -> tuple[str, Provenance | None]:
+    record = json.loads(line)
+    file = str(record.pop("file"))
+    if file != Path(file).name:
+        raise ValueError("a name that leads out of the directory")
+    return file, record or None
