@@ -9,14 +9,14 @@ import ldmkit
 from conftest import ae_config, diffusion_config
 from ldmkit.assembly import autoencoder_facts, save_autoencoder
 from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
-from ldmkit.configs import DecodeConfig
 from ldmkit.data.pictures import decode_picture
 from ldmkit.data_configs import EncodeConfig
+from ldmkit.decode_configs import DecodeConfig
 from ldmkit.errors import UsageError
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.manifest import read_manifest
-from ldmkit.pixels import grid, save_npy, save_png16, to_pixels
-from ldmkit.recipes.decode import choose_format
+from ldmkit.output.formats import Note, choose_format, encode_picture
+from ldmkit.pixels import grid, to_pixels
 
 SIZE = 40  # not a power of two, and halved three times it is odd
 
@@ -51,9 +51,11 @@ def test_arrays_of_n_channels_come_back_in_their_units(tmp_path, channels):
     preprocessing = {"size": SIZE, "channels": channels, "range": (0.0, 1000.0), "flip": True}
     ae, samples = journey(data, tmp_path, preprocessing)
     out = ldmkit.decode(DecodeConfig(samples=samples, ae=ae, out=tmp_path / "out"))
+    assert out is not None
     assert sorted(file.name for file in out.iterdir()) == [
         *(f"00000{seed}.npy" for seed in range(3)),
         "grid.png",
+        "samples.jsonl",
     ]
     array = np.load(out / "000001.npy", allow_pickle=False)
     assert (array.shape, array.dtype) == ((SIZE, SIZE, channels), np.float32)
@@ -81,7 +83,9 @@ def test_one_channel_goes_through_and_every_format_holds_it(tmp_path):
 
     def decoded(kind):
         config = DecodeConfig(samples=samples, ae=ae, out=tmp_path / kind, format=kind)
-        return ldmkit.decode(config)
+        out = ldmkit.decode(config)
+        assert out is not None
+        return out
 
     for kind, mode in (("auto", "L"), ("png", "L"), ("png16", "I;16")):
         with Image.open(decoded(kind) / "000002.png") as image:
@@ -138,20 +142,21 @@ def test_the_automatic_format_loses_nothing(tmp_path, channels, depth, value_ran
     save_autoencoder(path, model, preprocessing, {"steps": 0}, depth=depth)
     facts = autoencoder_facts(path)
     assert facts.depth == depth
-    assert choose_format(DecodeConfig(ae=path), facts) == format_
+    assert choose_format(DecodeConfig(ae=path).format, facts) == format_
 
 
 def test_written_numbers_are_read_back_exactly(tmp_path):
     values = torch.arange(65536).view(1, 256, 256)
     image = decode_picture_of(values.numpy()[0].astype(np.uint16))
-    save_png16(tmp_path / "x.png", image)
+    note = Note("", 95, "x")
+    (tmp_path / "x.png").write_bytes(encode_picture(image, "png16", (0.0, 1.0), note))
     with Image.open(tmp_path / "x.png") as stored:
         assert np.array_equal(np.asarray(stored), values[0].numpy())
-    save_npy(tmp_path / "x.npy", image, (0.0, 65535.0))
+    (tmp_path / "x.npy").write_bytes(encode_picture(image, "npy", (0.0, 65535.0), note))
     assert np.abs(np.load(tmp_path / "x.npy") - values[0].numpy()).max() < 0.01
     wide = torch.tensor([[[-1.5, 1.5]]])
-    save_npy(tmp_path / "y", wide, (-1.0, 1.0))
-    assert np.array_equal(np.load(tmp_path / "y"), wide[0].numpy())  # not clipped, no suffix added
+    (tmp_path / "y.npy").write_bytes(encode_picture(wide, "npy", (-1.0, 1.0), note))
+    assert np.array_equal(np.load(tmp_path / "y.npy"), wide[0].numpy())  # not clipped
 
 
 def decode_picture_of(array):

@@ -58,9 +58,9 @@ def test_a_pipeline_of_64_pictures_and_a_grid(pipeline, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == f"{tmp_path / 'out'}\n"
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert len(names) == 65
+    assert len(names) == 66
     assert names[:2] == ["000000-circle.png", "000001-square.png"]
-    assert names[-1] == "grid.png"
+    assert names[-2:] == ["grid.png", "samples.jsonl"]
     assert pixels_of(tmp_path / "out/000000-circle.png").shape == (32, 32, 3)
 
 
@@ -167,7 +167,7 @@ def test_batch_size_does_not_change_a_picture(pipeline, tmp_path, run):
         run("sample", pipeline.ldm, *options, "--batch-size", batch, "--out", samples)
         done = run("decode", samples, "--ae", pipeline.ae, "--batch-size", batch, "--out", out)
         assert done.returncode == 0, done.stderr.decode()
-        found[batch] = {path.name: pixels_of(path) for path in out.iterdir()}
+        found[batch] = {path.name: pixels_of(path) for path in out.glob("*.png")}
     assert found[1].keys() == found[16].keys()
     for name, pixels in found[1].items():
         assert np.array_equal(pixels, found[16][name]), name
@@ -214,6 +214,7 @@ def test_labels_by_name_index_and_none(pipeline, tmp_path, run):
         "000002.png",
         "000003-square.png",
         "grid.png",
+        "samples.jsonl",
     ]
     one_sentence(run(*command, "--label", "triangle"), 2, "'triangle'", "0 circle, 1 square")
     one_sentence(run(*command, "--label", "2"), 2, "is no class")

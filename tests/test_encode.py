@@ -9,12 +9,13 @@ from PIL import Image
 
 import ldmkit
 from conftest import SIZE, ae_config, diffusion_config
-from ldmkit.configs import STREAM, DecodeConfig
+from ldmkit.configs import STREAM
 from ldmkit.container import read_header, read_messages
 from ldmkit.data.images import read_images
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.sources import open_source
 from ldmkit.data_configs import EncodeConfig, SourceConfig
+from ldmkit.decode_configs import DecodeConfig
 from ldmkit.errors import DataError
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.manifest import read_manifest
@@ -198,6 +199,7 @@ def test_one_channel_of_sixteen_bits_goes_through_both_stages(tmp_path):
     samples = ldmkit.sample(SampleConfig(model=ldm, num=2, steps=2, out=tmp_path / "s.safetensors"))
     assert samples is not None
     pictures = ldmkit.decode(DecodeConfig(samples=samples, ae=ae, out=tmp_path / "pictures"))
+    assert pictures is not None
     with Image.open(pictures / "000001.png") as image:
         assert image.mode == "I;16"
 

@@ -15,9 +15,9 @@ from conftest import SIZE
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.tiling import compute_in_tiles, reach
 from ldmkit.autoencoder_configs import AutoencoderConfig
-from ldmkit.configs import DecodeConfig
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data_configs import EncodeConfig
+from ldmkit.decode_configs import DecodeConfig
 from ldmkit.errors import DataError, UsageError
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.networks.blocks import ResidualBlock, SpatialAttention
@@ -267,7 +267,7 @@ def test_decode_in_tiles(pipeline, tmp_path, run):
         out = tmp_path / "-".join(("out", *options))
         done = run("decode", samples, "--ae", pipeline.ae, "-o", out, *options)
         assert done.returncode == 0, done.stderr
-        return {file.name: file.read_bytes() for file in out.iterdir()}
+        return {file.name: file.read_bytes() for file in out.glob("*.png")}
 
     assert DecodeConfig().tile == 0
     whole = pictures()

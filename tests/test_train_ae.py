@@ -21,7 +21,7 @@ from ldmkit.autoencoder_configs import (
     DiscriminatorConfig,
     PreprocessingConfig,
 )
-from ldmkit.configs import DecodeConfig
+from ldmkit.decode_configs import DecodeConfig
 from ldmkit.errors import DataError
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.modelfile import load

@@ -14,7 +14,6 @@ from ldmkit.version import __version__
 if TYPE_CHECKING:
     from ldmkit.assembly import load_autoencoder, load_diffusion
     from ldmkit.configs import (
-        DecodeConfig,
         EMAConfig,
         EvalAEConfig,
         InspectConfig,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         TrainDiffusionConfig,
     )
     from ldmkit.data_configs import CheckConfig, EncodeConfig, SplitConfig
+    from ldmkit.decode_configs import DecodeConfig
     from ldmkit.generation_configs import SampleConfig
     from ldmkit.interchange_configs import ExportConfig, ImportConfig
     from ldmkit.recipes.check import check
@@ -78,6 +78,7 @@ __all__ = [
 
 CONFIG_HOMES = {
     "ReportConfig": "ldmkit.report_configs",
+    "DecodeConfig": "ldmkit.decode_configs",
     "SampleConfig": "ldmkit.generation_configs",
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),

@@ -23,6 +23,7 @@ import ldmkit
 from ldmkit import (
     configs,
     data_configs,
+    decode_configs,
     generation_configs,
     interchange_configs,
     report_configs,
@@ -49,7 +50,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "train-diffusion": configs.TrainDiffusionConfig,
     "ema": configs.EMAConfig,
     "sample": generation_configs.SampleConfig,
-    "decode": configs.DecodeConfig,
+    "decode": decode_configs.DecodeConfig,
     "inspect": configs.InspectConfig,
     "report": report_configs.ReportConfig,
     "presets": configs.PresetsConfig,
@@ -57,8 +58,8 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "export": interchange_configs.ExportConfig,
 }
 """Command -> its config; the function of the same name in `ldmkit` does the work."""
-INPUTS = {"decode": "samples", "train-diffusion": "latents"}
-"""Commands that can read standard input -> the field that says so; `inspect` can too."""
+INPUTS = {"train-diffusion": "latents"}
+"""Commands that can read standard input -> the field that says so; some others can too."""
 SWITCHES: dict[str, Any] = {
     "quiet": typer.Option("--quiet", "-q", help="Say nothing but errors"),
     "debug": typer.Option("--debug", help="Show the traceback of an error"),
@@ -158,6 +159,10 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
         return _printed(name, work(config), as_json)
     if name == "check":
         return _checked(work(config), output, as_json)
+    if name == "decode":
+        with _stdin_for(config.samples) as stream:
+            path = work(config, stream, _stdout_for(config.tar, output, name, "--tar FILE"))
+        return f"{path}\n" if path is not None else ""
     if name in INPUTS:
         with _stdin_for(getattr(config, INPUTS[name])) as stream:
             return f"{work(config, stream)}\n"
@@ -194,12 +199,14 @@ def _checked(report: dict[str, Any], output: BufferedIOBase, as_json: bool) -> s
     return ""
 
 
-def _stdout_for(out: Path, output: BufferedIOBase, name: str) -> BufferedIOBase | None:
+def _stdout_for(
+    out: Path | None, output: BufferedIOBase, name: str, option: str = "--out"
+) -> BufferedIOBase | None:
     if out != configs.STREAM:
         return None
     if output.isatty():
         raise UsageError(
-            f"{name} would write binary data to the terminal: pipe it on, or give --out"
+            f"{name} would write binary data to the terminal: pipe it on, or give {option}"
         )
     return output
 

@@ -18,7 +18,7 @@ from ldmkit.autoencoder_configs import (
     PreprocessingConfig,
 )
 from ldmkit.condition_configs import ConditioningConfig
-from ldmkit.data_configs import SCRATCH, TILE, TILING, SourceConfig
+from ldmkit.data_configs import SourceConfig
 from ldmkit.diffusion_configs import (
     AverageConfig,
     ObjectiveConfig,
@@ -248,31 +248,12 @@ class EMAConfig(Config):
     )
 
 
-class DecodeConfig(Config):
-    """Turn sampled latents into pictures and a grid of them; writes OUT/*.png or OUT/*.npy."""
-
-    samples: Path = argument("Sample file; - reads standard input", STREAM)
-    ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")
-    out: Path = field(Path("samples"), "Directory for the pictures", short="-o")
-    format: Literal["auto", "png", "png16", "npy"] = field(
-        "auto",
-        "8-bit PNG (grey or RGB), 16-bit PNG (grey or RGB), or float32 NumPy files in the units of the training"
-        " pictures; auto = what loses nothing of their depth, range and channels",
-    )
-    batch_size: Positive = field(
-        16, "Samples decoded at once (on the CPU always two); the result does not depend on it"
-    )
-    tile: Count = field(0, TILE)
-    tiling: Literal["exact", "independent"] = field("exact", TILING)
-    scratch: Path | None = field(None, SCRATCH)
-    device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
-
-
 class InspectConfig(Config):
     """Say what a file, directory or stream of ldmkit is, and whether its digests hold."""
 
     path: Path = argument(
-        "Model or sample file, latent set, run directory; - reads standard input", STREAM
+        "Model or sample file, latent set, run directory, decoded picture; - reads standard input",
+        STREAM,
     )
 
 

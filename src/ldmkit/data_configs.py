@@ -43,11 +43,10 @@ def _is_pattern(text: str | None) -> str | None:
     return text
 
 
-def _is_job(text: str | None) -> str | None:
-    if text is not None:
-        part, slash, count = text.partition("/")
-        if not (slash and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
-            raise ValueError("give I/N with I from 1 to N, such as 1/4")
+def _is_job(text: str) -> str:
+    part, slash, count = text.partition("/")
+    if not (slash and part.isdigit() and count.isdigit() and 1 <= int(part) <= int(count)):
+        raise ValueError("give I/N with I from 1 to N, such as 1/4")
     return text
 
 
@@ -65,6 +64,10 @@ def _differ(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if names is not None and (not all(names) or len(set(names)) < len(names)):
         raise ValueError("give names that differ, with commas between them")
     return names
+
+
+Job = Annotated[str, AfterValidator(_is_job)]
+"""I/N: the I-th of N parts, from 1."""
 
 
 class SourceConfig(Config):
@@ -204,7 +207,7 @@ class EncodeConfig(SourceConfig):
         0.0, "Share of unreadable pictures that may be left out (they are listed in the manifest)"
     )
     workers: Count = field(0, "Processes that read pictures; 0 = in the encoding process")
-    jobs: Annotated[str | None, AfterValidator(_is_job)] = field(
+    jobs: Job | None = field(
         None,
         "I/N: encode the I-th of N parts of the shards (I from 1), for array jobs; the one that comes"
         " last writes the manifest (default: 1/1, or as torchrun says)",

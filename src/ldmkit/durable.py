@@ -32,8 +32,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = workshop / path.name
     try:
         workshop.mkdir(parents=True)
+        # safetensors leaves 0600 whatever the umask says; the directory has what it says, and asking
+        # the umask itself would mean to change it, for all threads
+        allowed = workshop.stat().st_mode & 0o666
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # safetensors leaves 0600 whatever the umask says
+        temporary.chmod(allowed)
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)
@@ -103,9 +106,3 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -83,6 +83,8 @@ class SampleFacts(Config):
     """How many samples the whole stream has."""
     first: int
     """Number of this block's first sample in the stream."""
+    manner: Facts = Field(default_factory=dict)
+    """How they were drawn: sampler, steps, guidance ..."""
     versions: dict[str, str]
 
 

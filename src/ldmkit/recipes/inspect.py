@@ -10,6 +10,7 @@ from ldmkit.configs import STREAM, InspectConfig
 from ldmkit.container import Header, read_header, read_messages, verify, verify_file
 from ldmkit.errors import DataError
 from ldmkit.manifest import MANIFEST, read_manifest, verify_shard
+from ldmkit.output.provenance import may_carry, provenance_of
 
 SCHEMA_VERSION = 1
 
@@ -25,9 +26,20 @@ def inspect(config: InspectConfig, stream: BufferedIOBase | None = None) -> dict
         return report | _stream(stream)
     if config.path.is_dir():
         return report | _directory(config.path)
+    if may_carry(config.path):
+        return report | _picture(config.path)
     header = read_header(config.path)
     verify_file(header, config.path)
     return report | _described(header) | {"digests": "hold"}
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    record = provenance_of(path)
+    if record is None:
+        raise DataError(
+            f"{path} does not say what it was made of: ldmkit did not write it, or with --no-provenance"
+        )
+    return {"kind": "picture", "provenance": record}
 
 
 def _described(header: Header) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Decoded pictures on their way out: formats, provenance, tars, contact sheets."""

@@ -1,0 +1,125 @@
+"""`samples.jsonl`: a line for each picture of a directory, and what a job that was stopped left of it.
+
+While pictures are written their lines go to `samples.jsonl.part`, one by one; at the end both become
+one list, sorted by file. So a job that was stopped and resumed leaves the bytes of one that was not.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from ldmkit.durable import write_text
+from ldmkit.errors import DataError, StorageError
+from ldmkit.output.provenance import Provenance, as_text
+
+UNFINISHED = ".part"
+
+
+class Listing:
+    """What the pictures of a directory were made of, as far as it is known.
+
+    Args:
+        directory: of the pictures.
+        part: which part of the job this is, and of how many: each has a list of its own, which the
+            next call for the whole joins.
+
+    Raises:
+        DataError: there is a list that is none.
+    """
+
+    def __init__(self, directory: Path, part: tuple[int, int] = (1, 1)) -> None:
+        whole = part == (1, 1)
+        self._directory = directory
+        name = "samples.jsonl" if whole else f"samples.{part[0]}-of-{part[1]}.jsonl"
+        self._path = directory / name
+        self._journal = directory / f"{name}{UNFINISHED}"
+        names = ("samples.*-of-*.jsonl", "samples.jsonl") if whole else (name,)
+        self._merged = [path for name in names for path in sorted(directory.glob(name))]
+        self._merged += [
+            path for name in names for path in sorted(directory.glob(name + UNFINISHED))
+        ]
+        self._known: dict[str, Provenance | None] = {}
+        for path in self._merged:
+            self._known.update(_lines_of(path))
+
+    def __enter__(self) -> "Listing":
+        """Open the journal; an earlier one's lines are kept."""
+        try:
+            self._file = self._journal.open("a", encoding="ascii")
+            if self._journal.stat().st_size:
+                self._file.write("\n")  # ends a line that was cut off
+        except OSError as error:
+            raise StorageError(f"cannot write {self._journal}: {error.strerror}") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the journal; without an error, make it part of the list."""
+        self._file.close()
+        if kind is None:
+            self._commit()
+
+    def record(self, file: str) -> Provenance | None:
+        """What a picture was made of; None if it is not known."""
+        return self._known.get(file)
+
+    def forget(self, file: str) -> None:
+        """Say that a picture is about to be replaced: what is known of it holds no longer."""
+        if self._known.get(file) is not None:
+            self._write(file, None)
+
+    def add(self, file: str, record: Provenance) -> None:
+        """Say what a picture was made of that lies in the directory now."""
+        if self._known.get(file) != record:
+            self._write(file, record)
+
+    def _write(self, file: str, record: Provenance | None) -> None:
+        self._known[file] = record
+        try:
+            self._file.write(as_text({"file": file, **(record or {})}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"cannot write {self._journal}: {error.strerror}") from error
+
+    def _commit(self) -> None:
+        lines = [
+            as_text({"file": file, **record}) + "\n"
+            for file, record in sorted(self._known.items())
+            if record is not None and (self._directory / file).is_file()
+        ]
+        if lines:
+            write_text(self._path, "".join(lines))
+        for path in (*self._merged, self._journal):
+            if path != self._path or not lines:
+                path.unlink(missing_ok=True)
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, Provenance | None]]:
+    """File -> record, or None where a line says that it does not hold any more."""
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            found = [_entry(line)] if line else []
+        except (ValueError, LookupError, AttributeError, RecursionError) as error:
+            if path.name.endswith(UNFINISHED):
+                continue  # a line that was cut off
+            raise DataError(
+                f"{path}, line {number} is not one that ldmkit wrote; move the file away"
+            ) from error
+        yield from found
+
+
+def _entry(line: str) -> tuple[str, Provenance | None]:
+    record = json.loads(line)
+    file = str(record.pop("file"))
+    if file != Path(file).name:
+        raise ValueError("a name that leads out of the directory")
+    return file, record or None
