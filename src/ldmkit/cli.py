@@ -20,7 +20,14 @@ from typing import Annotated, Any
 import typer
 
 import ldmkit
-from ldmkit import configs, data_configs, generation_configs, interchange_configs, terminal
+from ldmkit import (
+    configs,
+    data_configs,
+    evaluation_configs,
+    generation_configs,
+    interchange_configs,
+    terminal,
+)
 from ldmkit.configfile import to_toml
 from ldmkit.errors import (
     DataError,
@@ -43,6 +50,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "ema": configs.EMAConfig,
     "sample": generation_configs.SampleConfig,
     "decode": configs.DecodeConfig,
+    "evaluate": evaluation_configs.EvaluateConfig,
     "inspect": configs.InspectConfig,
     "presets": configs.PresetsConfig,
     "import": interchange_configs.ImportConfig,
@@ -69,6 +77,7 @@ EXTRA_SWITCHES: dict[str, dict[str, Any]] = {
     "inspect": JSON,
     "presets": JSON,
     "eval-ae": JSON,
+    "evaluate": JSON,
 }
 
 app = typer.Typer(
@@ -161,7 +170,7 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
         path = work(config, _stdout_for(config.out, output, name))
         return f"{path}\n" if path is not None else ""
     path = work(config)
-    if name == "eval-ae" and as_json:
+    if name in ("eval-ae", "evaluate") and as_json:
         return (path / "report.json").read_text(encoding="utf-8")
     return f"{path}\n"
 
