@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from ldmkit.metrics.feature_networks import Side, features_of, inception_network
 from ldmkit.metrics.frechet import FeatureStatistics, frechet_distance, rgb_pixels
 from ldmkit.metrics.quality import moments_of, quality
 from ldmkit.metrics.reference import Protocol, load_reference, reference_of, save_reference
+from ldmkit.networks.efficientnet import EfficientNetLite0
 from ldmkit.torchvision_import import import_torchvision
 
 COUNT = 60
+EXAMPLES = Path(__file__).parent.parent / "examples/data/emoji-64-00002.tar"
 
 
 def noise(*shape, seed=0):
@@ -156,7 +159,7 @@ def test_random_subsets_are_those_of_torch_fidelity(fidelity, samples, real, mon
 def test_precision_and_recall_of_features_equal_torch_fidelity(fidelity):
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    x, y = 0.8 * noise(150, 4), noise(200, 4, seed=1)
+    x, y = noise(150, 4) + 0.5, noise(200, 4, seed=1)
     theirs = prc_features_to_metric(x, y, verbose=False)
     ours = generation.shares(generation.neighbourhoods(x, y))
     assert 0.5 < theirs["precision"] < 1
@@ -321,6 +324,52 @@ def test_quality_has_labels_floor_and_limits():
         quality("effnet", Side(noise(5, 6)), real, moments_of(real), draws=0, seed=0)
 
 
+def blurred(images, sigma):
+    radius = int(4 * sigma)
+    x = torch.arange(-radius, radius + 1.0)
+    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, -1)
+    padded = nn.functional.pad(images, (radius,) * 4, "replicate")
+    across = nn.functional.conv2d(padded, kernel[:, :, None], groups=3)
+    return nn.functional.conv2d(across, kernel[..., None], groups=3)
+
+
+def measured_ladder(extract, first, second):
+    """FD and KD of `first`, from itself to noise, to `second`."""
+    generator = torch.Generator().manual_seed(0)
+    ladder = (
+        first,
+        blurred(first, 0.7),
+        blurred(first, 1.5),
+        torch.rand(first.shape, generator=generator) * 2 - 1,
+    )
+    sides = [
+        Side(torch.cat([extract(rgb_pixels(batch)) for batch in images.split(16)]))
+        for images in (second, *ladder)
+    ]
+    real = sides[0]
+    found: dict[str, list[float]] = {}
+    for side in sides[1:]:
+        numbers = quality("effnet", side, real, moments_of(real), draws=0, seed=0).numbers
+        for label in ("FD-effnet", "KD-effnet"):
+            found.setdefault(label, []).append(numbers[label].value)
+    return found
+
+
+def test_worse_pictures_are_farther_away_for_a_random_network():
+    """Real halves < slightly blurred < more blurred < noise, in features of random weights."""
+    torch.manual_seed(0)
+    network = EfficientNetLite0()
+    images = emoji(96)
+    values = measured_ladder(
+        lambda pixels: network.features(pixels.float() / 127.5 - 1.0)[1].mean(dim=(2, 3)),
+        images[:48],
+        images[48:],
+    )
+    for name, found in values.items():
+        assert found == sorted(found), (name, found)
+
+
 PROTOCOL = {
     "network": "effnet",
     "weights": "abc",
@@ -422,25 +471,72 @@ def test_held_back_pictures_that_are_training_pictures_do_not_blind_it():
     samples = torch.cat([training[5:10], scenes(40, 3)])
     found = memorization.verdict(look(samples, training), look(held_back, training), 0.0)
     assert found.duplicates == 3
-    assert found.features > 0
+    assert found.limit > 0
     assert found.copies[:5].all()
     assert not found.copies[5:].any()
     only = memorization.verdict(look(samples, training), look(training[:4], training), 0.0)
-    assert (only.features, only.duplicates) == (0.0, 4)
+    assert (only.limit, only.duplicates) == (0.0, 4)
     assert only.copies.sum() == 5
 
 
 def test_mirror_images_are_copies():
     training = scenes(30, 1)
-    near = memorization.Nearness(
-        torch.arange(30),
-        torch.ones(30),
-        memorization.pixel_distance(jpeg(training.flip(3), 80), training),
-        memorization.same_pictures(jpeg(training.flip(3), 80), training),
-    )
-    assert near.pixels.max() < 0.1 < memorization.pixel_distance(training[:-1], training[1:]).min()
-    assert near.same.all()
+    near = memorization.pixel_distance(jpeg(training.flip(3), 80), training)
+    assert near.max() < 0.1 < memorization.pixel_distance(training[:-1], training[1:]).min()
+    assert memorization.same_pictures(training.flip(3), training).all()
     assert not memorization.same_pictures(training[:-1], training[1:]).any()
+
+
+def emoji(count):
+    items = open_source(SourceConfig(data=str(EXAMPLES))).items
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0)).tolist()
+    return read_images([items[i] for i in order[:count]], PreprocessingConfig(size=64))
+
+
+@pytest.mark.weights
+def test_the_published_network_finds_every_copy_of_emoji(published_weights, capsys):
+    """Exact, compressed and mirrored copies among held-back and training pictures' likes."""
+    file = published_weights("efficientnet-lite0-*.pth")[0]
+    network = feature_networks.effnet_network(file, torch.device("cpu"))
+    images = emoji(560)
+    training, held_back, new = images.split([240, 160, 160])
+    copies = torch.cat(
+        [
+            training[:10],
+            jpeg(training[10:20], 85),
+            jpeg(training[20:30], 60),
+            training[30:40].flip(3),
+        ]
+    )
+    seen = features_of(network, map(rgb_pixels, training.split(16)), lambda _: None).features
+    near = []
+    for side in (torch.cat([copies, new]), held_back):
+        found = features_of(network, map(rgb_pixels, side.split(16)), lambda _: None).features
+        index, distance = generation.nearest(found, seen)
+        theirs = training[index]
+        pixels = memorization.pixel_distance(side, theirs)
+        same = memorization.same_pictures(side, theirs)
+        near.append(memorization.Nearness(index, distance, pixels, same))
+    found = memorization.verdict(*near, 0.0)
+    with capsys.disabled():
+        print("copies", near[0].product[:40].max(), "limit", found.limit)
+        print("new", near[0].product[40:].min(), near[0].same[40:].sum(), found.duplicates)
+    assert found.copies[:40].all()
+    assert not (found.copies & ~near[0].same)[40:].any()
+
+
+@pytest.mark.weights
+def test_the_published_network_orders_worse_and_worse_pictures(published_weights, capsys):
+    file = published_weights("efficientnet-lite0-*.pth")[0]
+    network = feature_networks.effnet_network(file, torch.device("cpu"))
+    images = emoji(240)
+    values = measured_ladder(
+        lambda pixels: network.extract(pixels).features, images[:120], images[120:]
+    )
+    with capsys.disabled():
+        print({name: [round(one, 4) for one in found] for name, found in values.items()})
+    for name, found in values.items():
+        assert found == sorted(found), name
 
 
 def test_nearness_to_training_is_one_half_without_memory():

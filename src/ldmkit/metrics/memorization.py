@@ -15,6 +15,9 @@ from ldmkit.tensors import Images
 
 PLACE = 13
 """In the seed tree."""
+MARGIN = 0.7
+"""The nearest of a thousand samples is nearer than the nearest of a hundred held-back pictures without being a
+copy; copies are much nearer (docs/log.md)."""
 
 
 class Nearness(NamedTuple):
@@ -29,17 +32,24 @@ class Nearness(NamedTuple):
     same: Bool[Tensor, " pictures"]
     """They differ by no more than another encoding would make them differ."""
 
+    @property
+    def product(self) -> Float[Tensor, " pictures"]:
+        """Distance in features times that in pixels: small where both say so, whatever their units.
+
+        Neither alone tells a compressed copy from a picture that is only alike: a network sees other
+        noise, pixels see the same background (docs/log.md).
+        """
+        return self.features.double() * self.pixels.double()
+
 
 class Verdict(NamedTuple):
     """Which samples are copies, and by what measure."""
 
     copies: Bool[Tensor, " samples"]
-    features: float
-    """Distance in feature space below which a sample is near, as no or few held-back pictures are."""
-    pixels: float
-    """The same of pixels."""
+    limit: float
+    """Nearness below which a sample is a copy."""
     duplicates: int
-    """Held-back pictures that are in the training set; they do not count for these distances."""
+    """Held-back pictures that are in the training set; they do not count for the limit."""
 
 
 def pixel_distance(images: Images, others: Images) -> Float[Tensor, " batch"]:
@@ -63,20 +73,15 @@ def same_pictures(images: Images, others: Images) -> Bool[Tensor, " batch"]:
 def verdict(samples: Nearness, held_back: Nearness, quantile: float) -> Verdict:
     """Call a sample a copy if it shows the same as its nearest training picture, or is too near to it.
 
-    Too near: nearer in feature space and in pixels than the `quantile` of held-back pictures (0: than
-    any), which the model cannot have copied. Held-back pictures that are training pictures by another
-    name would make this measure worthless and are left out.
+    Too near: by the product of both distances, nearer than `MARGIN` times the `quantile` of held-back
+    pictures (0: than any), which the model cannot have copied. Held-back pictures that are training
+    pictures by another name would make this measure worthless and are left out.
     """
     apart = ~held_back.same
-    if not apart.any():
-        limits = [0.0, 0.0]
-    else:
-        limits = [
-            values[apart].double().quantile(quantile, interpolation="lower").item()
-            for values in (held_back.features, held_back.pixels)
-        ]
-    near = (samples.features < limits[0]) & (samples.pixels < limits[1])
-    return Verdict(samples.same | near, limits[0], limits[1], int(held_back.same.sum()))
+    limit = 0.0
+    if apart.any():
+        limit = MARGIN * held_back.product[apart].quantile(quantile, interpolation="lower").item()
+    return Verdict(samples.same | (samples.product < limit), limit, int(held_back.same.sum()))
 
 
 def nearer_to_training(samples: Points, training: Points, held_back: Points, seed: int) -> float:
@@ -94,8 +99,8 @@ def nearer_to_training(samples: Points, training: Points, held_back: Points, see
 
 
 def nearest_first(samples: Nearness) -> Sequence[int]:
-    """Samples in order: those that show the same as a training picture first, then by distance."""
+    """Samples in order: those that show the same as a training picture first, then by nearness."""
     return sorted(
         range(len(samples.index)),
-        key=lambda i: (not samples.same[i], samples.features[i].item()),
+        key=lambda i: (not samples.same[i], samples.product[i].item()),
     )

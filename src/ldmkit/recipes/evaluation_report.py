@@ -46,7 +46,7 @@ def described_memory(
         "training": len(training),
         "held_back": len(held_back),
         "copies": len(copies),
-        "limits": {"features": found.features, "pixels": found.pixels},
+        "limit_features_times_pixels": found.limit,
         "median_distance": {
             "samples": near[0].features.median().item(),
             "held_back": near[1].features.median().item(),
@@ -150,5 +150,6 @@ def _pair(
         "training": training[int(near.index[place])].key,
         "features": near.features[place].item(),
         "pixels": near.pixels[place].item(),
+        "features_times_pixels": near.product[place].item(),
         "same": bool(near.same[place]),
     }
