@@ -104,8 +104,8 @@ def test_files_give_torch_fidelitys_numbers(fidelity, folders):
         def can_be_compiled():
             return False
 
-        def forward(self, pixels):
-            both = dict(zip(("12", "logits"), network(pixels), strict=True))
+        def forward(self, input):
+            both = dict(zip(("12", "logits"), network(input), strict=True))
             return tuple(both[name] for name in self.features_list)
 
     register_feature_extractor("tiny-random", Extractor)
@@ -458,7 +458,7 @@ def test_every_planted_copy_is_found_and_no_held_back_picture():
     assert len(samples) == 1000
     near, calm = look(samples, training), look(held_back[:200], training)
     found = memorization.verdict(near, calm, 0.0)
-    assert near.index[:60].tolist() == list(range(60))
+    assert near.place[:60].tolist() == list(range(60))
     assert found.copies[:60].all()
     assert not found.copies[60:].any()
     assert found.duplicates == 0
@@ -517,7 +517,7 @@ def test_the_published_network_finds_every_copy_of_emoji(published_weights, caps
         pixels = memorization.pixel_distance(side, theirs)
         same = memorization.same_pictures(side, theirs)
         near.append(memorization.Nearness(index, distance, pixels, same))
-    found = memorization.verdict(*near, 0.0)
+    found = memorization.verdict(near[0], near[1], 0.0)
     with capsys.disabled():
         print("copies", near[0].product[:40].max(), "limit", found.limit)
         print("new", near[0].product[40:].min(), near[0].same[40:].sum(), found.duplicates)

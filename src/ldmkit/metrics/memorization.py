@@ -23,8 +23,8 @@ copy; copies are much nearer (docs/log.md)."""
 class Nearness(NamedTuple):
     """Pictures and the training picture nearest to each in feature space."""
 
-    index: Int[Tensor, " pictures"]
-    """Of the training picture."""
+    place: Int[Tensor, " pictures"]
+    """Of the training picture in its list."""
     features: Float[Tensor, " pictures"]
     """Distance to it in feature space."""
     pixels: Float[Tensor, " pictures"]
@@ -101,6 +101,10 @@ def nearer_to_training(samples: Points, training: Points, held_back: Points, see
 def nearest_first(samples: Nearness) -> Sequence[int]:
     """Samples in order: those that show the same as a training picture first, then by nearness."""
     return sorted(
-        range(len(samples.index)),
-        key=lambda i: (not samples.same[i], samples.product[i].item()),
+        range(len(samples.place)),
+        key=lambda i: (
+            not samples.same[i],
+            samples.product[i].item(),
+            samples.features[i].item(),
+        ),
     )

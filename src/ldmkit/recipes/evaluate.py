@@ -222,10 +222,8 @@ def sample_pictures(
     config: EvaluateConfig, preprocessing: PreprocessingConfig, device: torch.device
 ) -> Pictures:
     """The generated pictures; those of a model or a sample file are drawn and written first."""
-    if config.ae is not None and (
-        config.model is not None or str(config.samples).endswith(SAMPLE_FILE)
-    ):
-        items = drawn_pictures(config, config.ae, device)
+    if config.samples is None or config.samples.endswith(SAMPLE_FILE):
+        items = drawn_pictures(config, device)
         # written with 8 bits for [-1, 1], whatever the range of the real ones
         return Pictures(items, preprocessing.model_copy(update={"range": None}))
     items = open_source(SourceConfig(data=config.samples, cache=config.cache)).items
@@ -277,11 +275,11 @@ def search_copies(
     training: tuple[Pictures, Side],
 ) -> Memory:
     """Look for samples that are training pictures."""
-    near = [nearness(side, training, config.batch_size) for side in (samples, held_back)]
+    near, calm = (nearness(side, training, config.batch_size) for side in (samples, held_back))
     nearer = nearer_to_training(
         samples[1].features, training[1].features, held_back[1].features, config.seed
     )
-    return Memory(*near, verdict(*near, config.copy_quantile), nearer)
+    return Memory(near, calm, verdict(near, calm, config.copy_quantile), nearer)
 
 
 def nearness(
@@ -306,7 +304,7 @@ def draw_strip(
     order = nearest_first(memory.samples)[:COLUMNS]
     rows = (
         Pictures([samples.items[i] for i in order], samples.preprocessing),
-        Pictures([training.items[memory.samples.index[i]] for i in order], training.preprocessing),
+        Pictures([training.items[memory.samples.place[i]] for i in order], training.preprocessing),
     )
     images = torch.cat([read_images(row.items, row.preprocessing) for row in rows])
     with atomic_file(config.out / "nearest.png") as temporary:

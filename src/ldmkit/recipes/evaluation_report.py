@@ -147,7 +147,7 @@ def _pair(
 ) -> dict[str, Any]:
     return {
         "key": pictures[place].key,
-        "training": training[int(near.index[place])].key,
+        "training": training[int(near.place[place])].key,
         "features": near.features[place].item(),
         "pixels": near.pixels[place].item(),
         "features_times_pixels": near.product[place].item(),

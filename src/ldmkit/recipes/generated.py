@@ -33,13 +33,15 @@ Drawn = tuple[Latents, list[int]]
 """Raw latents of some samples, and their seeds."""
 
 
-def drawn_pictures(config: EvaluateConfig, ae: Path, device: torch.device) -> list[Item]:
+def drawn_pictures(config: EvaluateConfig, device: torch.device) -> list[Item]:
     """Samples of `config.model`, or of the sample file, as OUT/samples/SEED.png.
 
     Raises:
         DataError: a file cannot be used, or the samples are of another autoencoder.
         UsageError: more steps than the model has.
     """
+    ae = config.ae
+    assert ae is not None  # noqa: S101 - the config asks for it
     if config.model is not None:
         blocks, count = _from_model(config, config.model, ae, device), config.num or USUAL
     else:
@@ -70,11 +72,10 @@ def _decoded(
                 f"sample {seeds[int(group[0])]} has no finite numbers: retrain the model"
             )
         for index, pixels in zip(group.tolist(), rgb_pixels(images), strict=False):
-            key = f"{seeds[index]:06d}"
-            path = folder / f"{key}.png"
+            path = folder / f"{seeds[index]:06d}.png"
             with atomic_file(path) as temporary:
                 save_png(temporary, pixels)
-            items.append(Item(key, Span(str(path), 0, path.stat().st_size)))
+            items.append(Item(path.name, Span(str(path), 0, path.stat().st_size)))
     return items
 
 
