@@ -1,5 +1,6 @@
 """Every metric of generated pictures in the features of one network, with its interval and its floor."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,12 @@ LABELS = {
     "inception": {"frechet": "FID", "kernel": "KID", "score": "IS"},
 }
 """What the distances of a network are called; only Inception's are FID and KID."""
+LIMITS = {
+    **dict.fromkeys(("precision", "recall", "coverage"), (0.0, 1.0)),
+    **dict.fromkeys(("KD-effnet", "KID"), (-math.inf, math.inf)),
+    "IS": (1.0, math.inf),
+}
+"""What a number can be where that is not 0 to infinity."""
 
 
 class Number(NamedTuple):
@@ -95,12 +102,18 @@ def quality(
     numbers = {
         label: Number(
             value,
-            interval(drawn[label], value) if label in drawn else None,
+            _possible(label, interval(drawn[label], value)) if label in drawn else None,
             floor.get(label),
         )
         for label, value in found.items()
     }
     return Quality(numbers, len(samples.features), len(real.features), half)
+
+
+def _possible(label: str, ends: tuple[float, float]) -> tuple[float, float]:
+    """The ends of an interval, moved percentiles, within what the number can be."""
+    low, high = LIMITS.get(label, (0.0, math.inf))
+    return max(low, ends[0]), min(high, ends[1])
 
 
 def _measured(
