@@ -1,7 +1,7 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
 Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
-`ema`, `sample`, `decode`, `inspect`, `report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
+`ema`, `sample`, `decode`, `evaluate`, `inspect`, `report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
 `load_autoencoder` and `load_diffusion` give modules. All of it is imported on first use, so that
 `import ldmkit` costs nothing.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from ldmkit.data_configs import CheckConfig, EncodeConfig, SplitConfig
     from ldmkit.decode_configs import DecodeConfig
+    from ldmkit.evaluation_configs import EvaluateConfig
     from ldmkit.generation_configs import SampleConfig
     from ldmkit.interchange_configs import ExportConfig, ImportConfig
     from ldmkit.recipes.check import check
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ldmkit.recipes.ema import ema
     from ldmkit.recipes.encode import encode
     from ldmkit.recipes.eval_ae import eval_ae
+    from ldmkit.recipes.evaluate import evaluate
     from ldmkit.recipes.export import export
     from ldmkit.recipes.import_ import import_
     from ldmkit.recipes.inspect import inspect
@@ -47,6 +49,7 @@ __all__ = [
     "EMAConfig",
     "EncodeConfig",
     "EvalAEConfig",
+    "EvaluateConfig",
     "ExportConfig",
     "ImportConfig",
     "InspectConfig",
@@ -62,6 +65,7 @@ __all__ = [
     "ema",
     "encode",
     "eval_ae",
+    "evaluate",
     "export",
     "import_",
     "inspect",
@@ -79,6 +83,7 @@ __all__ = [
 CONFIG_HOMES = {
     "ReportConfig": "ldmkit.report_configs",
     "DecodeConfig": "ldmkit.decode_configs",
+    "EvaluateConfig": "ldmkit.evaluation_configs",
     "SampleConfig": "ldmkit.generation_configs",
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),

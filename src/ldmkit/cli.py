@@ -24,6 +24,7 @@ from ldmkit import (
     configs,
     data_configs,
     decode_configs,
+    evaluation_configs,
     generation_configs,
     interchange_configs,
     report_configs,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "ema": configs.EMAConfig,
     "sample": generation_configs.SampleConfig,
     "decode": decode_configs.DecodeConfig,
+    "evaluate": evaluation_configs.EvaluateConfig,
     "inspect": configs.InspectConfig,
     "report": report_configs.ReportConfig,
     "presets": configs.PresetsConfig,
@@ -78,6 +80,7 @@ EXTRA_SWITCHES: dict[str, dict[str, Any]] = {
     "inspect": JSON,
     "presets": JSON,
     "eval-ae": JSON,
+    "evaluate": JSON,
 }
 
 app = typer.Typer(
@@ -174,7 +177,7 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
         path = work(config, _stdout_for(config.out, output, name))
         return f"{path}\n" if path is not None else ""
     path = work(config)
-    if name == "eval-ae" and as_json:
+    if name in ("eval-ae", "evaluate") and as_json:
         return (path / "report.json").read_text(encoding="utf-8")
     if name == "import" and path.is_dir():  # a whole model: a line for each of its files
         return "".join(f"{file}\n" for file in sorted(path.glob("*.safetensors")))

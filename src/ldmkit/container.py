@@ -34,6 +34,7 @@ FORMAT_VERSIONS = {
     "samples": 1,
     "checkpoint": 1,
     "averages": 1,
+    "reference": 1,
 }
 """The newest version of each kind of file that this version of ldmkit reads and writes."""
 

@@ -5,7 +5,7 @@ reconstructions and originals; `rfd_effnet` is the same distance in features of 
 comparable with itself only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -112,18 +112,25 @@ def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> floa
     return max(0.0, distance.item())
 
 
-def inception(path: Path | None) -> nn.Module:
-    """Inception v3 of the published FID; maps 8-bit RGB pixels to a tuple with `[b, 2048]`.
+def inception(
+    path: Path | None,
+    layers: Sequence[str] = (INCEPTION_FEATURES,),
+    *,
+    option: str = "--rfid",
+) -> nn.Module:
+    """Inception v3 of the published FID; maps 8-bit RGB pixels to a tuple of its layers' values.
 
     Args:
         path: torch-fidelity's weights, pickled or as safetensors; None looks into torch's cache.
+        layers: torch-fidelity's names; "2048" are the pooled features.
+        option: what asked for it, for errors.
 
     Raises:
         UsageError: torch-fidelity is not installed.
         DataError: the weights are not to be had; the message names what to get.
     """
     if find_spec("torch_fidelity") is None:
-        raise UsageError("--rfid needs torch-fidelity: pip install 'ldmkit[eval]'")
+        raise UsageError(f"{option} needs torch-fidelity: pip install 'ldmkit[eval]'")
     import_torchvision()
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
@@ -131,7 +138,7 @@ def inception(path: Path | None) -> nn.Module:
     file = path or Path(torch.hub.get_dir()) / "checkpoints" / name
     if path is None and not file.is_file():
         raise DataError(
-            f"--rfid needs the Inception weights of FID, and {file} is not there: get "
+            f"{option} needs the Inception weights of FID, and {file} is not there: get "
             f"{module.URL_INCEPTION_V3} and pass it with --inception FILE (--effnet FILE measures "
             "without them)"
         )
@@ -139,9 +146,7 @@ def inception(path: Path | None) -> nn.Module:
     # the class fetches and unpickles its weights when it is built: hand it these instead
     with mock.patch.object(module, "load_state_dict_from_url", return_value=tensors):
         try:
-            network = module.FeatureExtractorInceptionV3(
-                "inception-v3-compat", [INCEPTION_FEATURES]
-            )
+            network = module.FeatureExtractorInceptionV3("inception-v3-compat", list(layers))
         except RuntimeError as error:
             raise DataError(
                 f"{file} does not hold torch-fidelity's Inception network ({str(error).split(':')[0]})"
