@@ -171,9 +171,9 @@ def test_a_second_collapse_ends_the_run_with_its_reason(
 
 def test_a_discriminator_that_is_never_wrong_is_a_collapse(pictures, tmp_path, monkeypatch):
     always_right = {"accuracy": torch.tensor(1.0)}
-    from ldmkit.recipes import train_ae as recipe
+    from ldmkit.autoencoder import training_step
 
-    monkeypatch.setattr(recipe, "update_discriminator", lambda *_, **__: always_right)
+    monkeypatch.setattr(training_step, "update_discriminator", lambda *_, **__: always_right)
     config = ae_config(pictures, tmp_path / "run", disc=SAFE | {"patience": 3}, steps=12)
     with pytest.raises(CollapseError, match=r"never wrong for 3 steps; so it did before step 7"):
         ldmkit.train_ae(config)
