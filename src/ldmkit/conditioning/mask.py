@@ -156,8 +156,7 @@ def _reader(config: MaskCondition, options: MaskOptions, latents: LatentSet) -> 
     def read(indices: np.ndarray, generator: torch.Generator) -> MaskedLatents:
         del generator
         masked = latents.rows("masked", indices).float()
-        hole = latents.rows("hole", indices)[:, None].float()
-        return mask_values(masked, hole)
+        return mask_values(masked, latents.rows("hole", indices).bool())
 
     return read
 
