@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldmkit.condition_configs import ConditioningConfig, EmbeddedTextCondition
 from ldmkit.conditioning.frozen_text import embedded
+from ldmkit.conditioning.kind import Sides
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
 from ldmkit.configs import STREAM
 from ldmkit.data.formats.tables import Row, read_jsonl, read_table
@@ -50,12 +51,18 @@ class Request(NamedTuple):
     """By kind of condition."""
 
 
-def asked_of(config: SampleConfig, model: DiffusionConfig, source: BufferedIOBase | None) -> Asked:
+def asked_of(
+    config: SampleConfig,
+    model: DiffusionConfig,
+    shape: tuple[int, int, int],
+    source: BufferedIOBase | None,
+) -> Asked:
     """What the samples are told.
 
     Args:
         config: of the command.
         model: what it can be told.
+        shape: of the latents to draw: channels, height, width.
         source: where lines come from if the config says `-`.
 
     Raises:
@@ -63,7 +70,7 @@ def asked_of(config: SampleConfig, model: DiffusionConfig, source: BufferedIOBas
         DataError: a file cannot be read, or a line of it has no such value.
     """
     if config.like is not None:
-        return _as_the_set(config, model, config.like)
+        return _as_the_set(config, model, shape, config.like)
     kinds = [condition.kind for condition in model.conditions]
     requests = [_renamed(one, kinds) for one in _requests(config, model, source)]
     count = config.num or (len(requests) if config.prompts or config.conditions else USUAL)
@@ -71,7 +78,8 @@ def asked_of(config: SampleConfig, model: DiffusionConfig, source: BufferedIOBas
     for request in requests:
         _require_known(request, kinds, str(config.model))
     rows = {
-        condition.kind: _rows_of_kind(condition, requests, config) for condition in model.conditions
+        condition.kind: _rows_of_kind(condition, requests, config, shape[1:])
+        for condition in model.conditions
     }
     said = [
         {
@@ -214,15 +222,20 @@ def _listed(kinds: Iterable[str]) -> str:
     return ", ".join(kinds) or "no conditions"
 
 
-def _rows_of_kind(condition: Any, requests: Sequence[Request], config: SampleConfig) -> Tensor:  # noqa: ANN401
+def _rows_of_kind(
+    condition: Any,  # noqa: ANN401
+    requests: Sequence[Request],
+    config: SampleConfig,
+    sides: Sides,
+) -> Tensor:
     """The values of all requests."""
     if isinstance(condition, EmbeddedTextCondition):
         texts = [str(request.told.get(condition.kind, "")) for request in requests]
         return embedded(condition, texts, config.text_weights)
-    return torch.stack([_row(condition, request) for request in requests])
+    return torch.stack([_row(condition, request, sides) for request in requests])
 
 
-def _row(condition: Any, request: Request) -> Tensor:  # noqa: ANN401 - any stored condition
+def _row(condition: Any, request: Request, sides: Sides) -> Tensor:  # noqa: ANN401 - any stored condition
     kind = KINDS[condition.kind]
     value = request.told.get(condition.kind, kind.silence)
     if value is None:
@@ -231,14 +244,26 @@ def _row(condition: Any, request: Request) -> Tensor:  # noqa: ANN401 - any stor
             "--conditions or --like"
         )
     try:
-        return kind.row(condition, value)
+        row = kind.row(condition, value)
+        wanted = kind.sides(condition, sides) if kind.sides else row.shape[-2:]
+        if row.shape[-2:] != wanted:
+            raise ValueError(
+                f"{value} has {row.shape[-1]} x {row.shape[-2]} pixels; the model takes "
+                f"{wanted[1]} x {wanted[0]}"
+            )
+        return row
     except ValueError as error:
         typed = request.where.startswith("--")
         raise (UsageError if typed else DataError)(f"{request.where}: {error}") from error
 
 
-def _as_the_set(config: SampleConfig, model: DiffusionConfig, directory: Path) -> Asked:
+def _as_the_set(
+    config: SampleConfig, model: DiffusionConfig, shape: tuple[int, int, int], directory: Path
+) -> Asked:
     latents = LatentSet(directory)
+    if list(latents.shapes) != [shape] and any(one.channels for one in model.conditions):
+        other = next(found for found in latents.shapes if found != shape)
+        raise DataError(f"{directory} has latents of {other}; the model was trained on {shape}")
     readers = readers_of(model.conditions, ConditioningConfig().options_of, latents)
     indices = np.arange(len(latents))
     if config.holdout:

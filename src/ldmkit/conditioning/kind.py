@@ -19,6 +19,8 @@ Values = Mapping[str, Tensor]
 """What a batch is told, by kind of condition."""
 Reader = Callable[[np.ndarray, torch.Generator], Tensor]
 """Indices into a latent set, a source of whatever is random -> values of these samples."""
+Sides = tuple[int, int]
+"""Height and width."""
 
 
 @runtime_checkable
@@ -68,5 +70,7 @@ class Kind(NamedTuple):
     """What a user says who says nothing; None where something has to be said."""
     start: Callable[[nn.Module, LatentSet], None] = takes_nothing
     """Before training: a conditioner takes over from the data what its config does not hold."""
+    sides: Callable[[Any, Sides], Sides] | None = None
+    """And height and width of the latents -> of the values; None where these have none, or any."""
     words: Callable[[Any, Any], str] = as_said
     """And what a user says -> as file names and lists show it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldmkit.condition_configs import LabelMapCondition, LabelMapOptions
 from ldmkit.conditioning.condition import Condition
-from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.conditioning.kind import Kind, Reader, Sides, Widths
 from ldmkit.conditioning.picture_files import read_classes
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.errors import DataError
@@ -154,9 +154,12 @@ def _settle(options: LabelMapOptions, latents: LatentSet) -> LabelMapCondition:
     classes = options.classes
     if classes is None:
         everything = (latents.rows("labelmap", [index]) for index in range(len(latents)))
-        classes = 1 + max(
+        found = [
             int(one[one != UNLABELLED].max()) for one in everything if (one != UNLABELLED).any()
-        )
+        ]
+        if not found:
+            raise DataError(f"{latents.directory} has label maps of unknown pixels alone")
+        classes = 1 + max(found)
     maps = latents.rows("labelmap", [0])
     stages = (maps.shape[1] // latents.read([0]).mean.shape[2]).bit_length() - 1
     return LabelMapCondition(mapped=options.mapped, classes=classes, stages=stages)
@@ -190,4 +193,8 @@ def _row(config: LabelMapCondition, value: object) -> Tensor:
     return parse_labelmap(classes, config.classes, classes.shape)
 
 
-LABELMAP = Kind(settle=_settle, build=_build, reader=_reader, row=_row)
+def _sides(config: LabelMapCondition, latents: Sides) -> Sides:
+    return latents[0] << config.stages, latents[1] << config.stages
+
+
+LABELMAP = Kind(settle=_settle, build=_build, reader=_reader, row=_row, sides=_sides)

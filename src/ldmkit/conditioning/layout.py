@@ -293,13 +293,18 @@ def _reader(config: LayoutCondition, options: LayoutOptions, latents: LatentSet)
     return read
 
 
+def _row(config: LayoutCondition, value: object) -> Ids:
+    layout = format_of(config)
+    if value == ():  # nothing said, which is another thing than an empty list: no objects
+        return torch.full((layout.length,), layout.none)
+    return layout_of_boxes(boxes_of_json(value, config.names), layout).ids
+
+
 LAYOUT = Kind(
     settle=_settle,
     build=_build,
     reader=_reader,
-    row=lambda config, value: (
-        layout_of_boxes(boxes_of_json(value, config.names), format_of(config)).ids
-    ),
+    row=_row,
     silence=(),
     words=lambda config, value: "",
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldmkit.condition_configs import LowResCondition, LowResOptions
 from ldmkit.conditioning.condition import Condition
-from ldmkit.conditioning.kind import Kind, Reader, Widths
+from ldmkit.conditioning.kind import Kind, Reader, Sides, Widths
 from ldmkit.conditioning.picture_files import read_values
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.errors import DataError
@@ -185,6 +185,10 @@ def _reader(config: LowResCondition, options: LowResOptions, latents: LatentSet)
     return read
 
 
+def _sides(config: LowResCondition, latents: Sides) -> Sides:
+    return latents[0] * config.factor // config.ratio, latents[1] * config.factor // config.ratio
+
+
 LOWRES = Kind(
     settle=_settle,
     build=_build,
@@ -192,4 +196,5 @@ LOWRES = Kind(
     row=lambda config, value: parse_lowres(
         read_values(value, config.image_channels), config.image_channels
     ),
+    sides=_sides,
 )
