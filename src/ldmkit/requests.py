@@ -252,7 +252,7 @@ def _row(condition: Any, request: Request, sides: Sides) -> Tensor:  # noqa: ANN
                 f"{wanted[1]} x {wanted[0]}"
             )
         return row
-    except ValueError as error:
+    except (ValueError, DataError) as error:
         typed = request.where.startswith("--")
         raise (UsageError if typed else DataError)(f"{request.where}: {error}") from error
 

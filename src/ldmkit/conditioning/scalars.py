@@ -197,11 +197,19 @@ def _reader(config: ScalarCondition, options: ScalarOptions, latents: LatentSet)
     return lambda indices, _: latents.rows("scalars", indices)
 
 
+def _row(config: ScalarCondition, value: object) -> Tensor:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f'{str(value)[:60]!r} are no scalars: give an object such as {{"{config.names[0]}": 1.5}}'
+        )
+    return scalar_row(value, config.names)
+
+
 SCALARS = Kind(
     settle=_settle,
     build=_build,
     reader=_reader,
-    row=lambda config, value: scalar_row(value, config.names),
+    row=_row,
     silence={},
     words=lambda config, value: " ".join(f"{name} {one}" for name, one in value.items()),
 )
