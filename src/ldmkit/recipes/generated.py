@@ -98,7 +98,7 @@ def _from_model(
         guidance=config.guidance,
         eta=config.eta,
     )
-    asked, manner = asked_of(wish, model.config, None), manner_of(wish, model)
+    asked, manner = asked_of(wish, model.config, facts.latent_shape, None), manner_of(wish, model)
     for group, kept in groups_of(total, config.batch_size, device):
         numbers = group.tolist()
         seeds = [config.seed + number for number in numbers]

@@ -47,11 +47,6 @@ def sample(
     device = pick_device(config.device)
     model = load_diffusion(config.model, device)
     manner = manner_of(config, model)
-    asked = asked_of(config, model.config, source)
-    try:
-        model.schedule.steps(config.steps)
-    except ValueError as error:
-        raise UsageError(f"--steps: {error}") from error
     asked = asked_of(config, model.config, facts.latent_shape, source)
 
     total = len(asked.said)
