@@ -117,7 +117,7 @@ def draw_pictures(root: Path) -> Path:
         name = f"{number:02d}.png"
         image, classes = (
             Image.new("RGB", (SIZE, SIZE), GROUNDS[ground]),
-            Image.new("L", (SIZE,) * 2),
+            Image.new("L", (SIZE, SIZE)),
         )
         ImageDraw.Draw(image).rectangle(box, fill=NAMES[colour])
         ImageDraw.Draw(classes).rectangle(box, fill=colour + 1)

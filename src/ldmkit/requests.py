@@ -31,6 +31,8 @@ LIKE = 10
 ALIASES = {"label": "class", "prompt": "text", "caption": "text", "boxes": "layout"}
 """Other names of columns."""
 TABLES = (".jsonl", ".csv")
+NESTED = ("layout", "scalars")
+"""Kinds whose values are lists or objects."""
 
 
 class Asked(NamedTuple):
@@ -72,7 +74,7 @@ def asked_of(
     if config.like is not None:
         return _as_the_set(config, model, shape, config.like)
     kinds = [condition.kind for condition in model.conditions]
-    requests = [_renamed(one, kinds) for one in _requests(config, model, source)]
+    requests = [_understood(one, model) for one in _requests(config, model, source)]
     count = config.num or (len(requests) if config.prompts or config.conditions else USUAL)
     turns = [number % len(requests) for number in range(count)]
     for request in requests:
@@ -109,7 +111,7 @@ def text_values(model: DiffusionConfig, text: str, where: str) -> Tensor:
     request = Request(where, {"text": text})
     conditions = {condition.kind: condition for condition in model.conditions}
     _require_known(request, list(conditions), "the model")
-    return _row(conditions["text"], request)
+    return _row(conditions["text"], request, (0, 0))  # no size matters to a text
 
 
 def _requests(
@@ -199,15 +201,34 @@ def _named(path: Path) -> str:
     return "standard input" if path == STREAM else str(path)
 
 
-def _renamed(request: Request, kinds: Sequence[str]) -> Request:
-    """Text is text for the user, whichever way the model reads it."""
-    if "text" in request.told and "text" not in kinds and "embedded-text" in kinds:
-        told = {
-            "embedded-text" if kind == "text" else kind: value
-            for kind, value in request.told.items()
-        }
-        return request._replace(told=told)
-    return request
+def _understood(request: Request, model: DiffusionConfig) -> Request:
+    """What is told, by the model's kinds of condition.
+
+    Text is text for the user, whichever way the model reads it; a column may be a scalar's; and in a
+    table boxes stand as JSON.
+    """
+    conditions = {condition.kind: condition for condition in model.conditions}
+    names = conditions["scalars"].names if "scalars" in conditions else ()
+    told, scalars = {}, {}
+    for name, value in request.told.items():
+        if name in names:
+            scalars[name] = value
+        elif name == "text" and "text" not in conditions and "embedded-text" in conditions:
+            told["embedded-text"] = value
+        else:
+            told[name] = _from_json(request.where, name, value) if name in NESTED else value
+    if scalars:
+        told["scalars"] = {**told.get("scalars", {}), **scalars}
+    return request._replace(told=told)
+
+
+def _from_json(where: str, name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {name} is no JSON ({error}): {value[:60]}") from error
 
 
 def _require_known(request: Request, kinds: Sequence[str], model: str) -> None:
