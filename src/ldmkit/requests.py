@@ -207,13 +207,13 @@ def _understood(request: Request, model: DiffusionConfig) -> Request:
     Text is text for the user, whichever way the model reads it; a column may be a scalar's; and in a
     table boxes stand as JSON.
     """
-    conditions = {condition.kind: condition for condition in model.conditions}
-    names = conditions["scalars"].names if "scalars" in conditions else ()
+    kinds = [condition.kind for condition in model.conditions]
+    numbers = next((one.names for one in model.conditions if one.kind == "scalars"), ())
     told, scalars = {}, {}
     for name, value in request.told.items():
-        if name in names:
+        if name in numbers:
             scalars[name] = value
-        elif name == "text" and "text" not in conditions and "embedded-text" in conditions:
+        elif name == "text" and "text" not in kinds and "embedded-text" in kinds:
             told["embedded-text"] = value
         else:
             told[name] = _from_json(request.where, name, value) if name in NESTED else value

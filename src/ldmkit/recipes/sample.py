@@ -12,7 +12,7 @@ from ldmkit.configs import STREAM
 from ldmkit.data.latents import text_columns
 from ldmkit.drawing import draw_latents, seeded_noise
 from ldmkit.errors import UsageError
-from ldmkit.facts import DiffusionFacts, SampleFacts
+from ldmkit.facts import SampleFacts
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.manner import manner_of
 from ldmkit.modelfile import save, versions, write_message
@@ -20,6 +20,12 @@ from ldmkit.requests import as_lines, asked_of
 from ldmkit.tensors import Labels, Latents
 from ldmkit.terminal import track
 from ldmkit.training.runtime import groups_of, pick_device
+
+HOW = (
+    *("grid", "eta", "guidance_combination", "guidance_interval", "guidance_rescale"),
+    *("guidance_growth", "negative", "weaker"),
+)
+"""Options that change samples, beside sampler, steps and weight."""
 
 
 def sample(
@@ -65,13 +71,13 @@ def sample(
                 progress.advance(kept)
             latents = torch.cat(parts)
             if stream is not None:
-                block = _block(latents, seeds[rows], asked.said[rows], facts, (total, first))
+                block = _block(latents, seeds[rows], asked.said[rows], config, (total, first))
                 write_message(stream, **block)
             else:
                 drawn.append(latents)
     if stream is not None:
         return None
-    save(config.out, **_block(torch.cat(drawn), seeds, asked.said, facts, (total, 0)))
+    save(config.out, **_block(torch.cat(drawn), seeds, asked.said, config, (total, 0)))
     return config.out
 
 
@@ -79,16 +85,18 @@ def _block(
     latents: Latents,
     seeds: Labels,
     said: Sequence[Mapping[str, str]],
-    facts: DiffusionFacts,
+    config: SampleConfig,
     place: tuple[int, int],
 ) -> dict[str, Any]:
     """Some samples as a file or message; `place`: of how many, and the number of the first."""
+    facts = diffusion_facts(config.model)
     block_facts = SampleFacts(
         fingerprint="",
         autoencoder=facts.autoencoder,
         diffusion=facts.fingerprint,
         total=place[0],
         first=place[1],
+        manner=_manner_facts(config),
         versions=versions(),
     )
     return {
@@ -97,3 +105,16 @@ def _block(
         "config": {},
         "facts": block_facts.model_dump(mode="json"),
     }
+
+
+def _manner_facts(config: SampleConfig) -> dict[str, Any]:
+    """How samples are drawn, as far as it is not as usual; sampler, steps and weight always."""
+    weight = (
+        {"guidance_of": list(config.guidance_of)}
+        if config.guidance_of
+        else {"guidance": config.weight}
+    )
+    always = {"sampler": config.sampler, "steps": config.steps, **weight}
+    fields = {*HOW, "sampler_options"}
+    chosen = config.model_dump(mode="json", include=fields, exclude_defaults=True)
+    return always | chosen
