@@ -11,6 +11,8 @@ OUT/instances.json (COCO boxes). The same DATA, count and seed give the same fil
 import argparse
 import colorsys
 import json
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +37,6 @@ OVERLAP = 0.1
 TRIES = 40
 WHITE = 244
 """What is as bright as this in every channel, and reaches the edge, is no object."""
-AT_ONCE = 256
-"""Pictures that are cut out together."""
 LUMA = (0.299, 0.587, 0.114)
 
 Corners = tuple[int, int, int, int]
@@ -76,14 +76,14 @@ def main() -> None:
 def compose(data: Path, out: Path, count: int, seed: int) -> None:
     """Write the pictures and all that is known of them."""
     source = open_source(SourceConfig(data=str(data)))
-    sprites = cut_out(source.items)
+    cut = lru_cache(maxsize=None)(lambda number: cut_out(source.items[number]))
     for folder in ("images", "labelmaps"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     lines, images, annotations = [], [], []
     for number in range(count):
         draw = np.random.default_rng((seed, number))
         name, (canvas, kind) = f"{number:06d}.png", paint_canvas(draw)
-        placed = place(draw, sprites)
+        placed = place(draw, cut, len(source.items))
         picture, labelmap = lay(canvas, placed)
         Image.fromarray(picture).save(out / "images" / name)
         Image.fromarray(labelmap).save(out / "labelmaps" / name)
@@ -103,35 +103,28 @@ def compose(data: Path, out: Path, count: int, seed: int) -> None:
     (out / "images" / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
-def cut_out(items: list[Item]) -> list[Sprite]:
-    """The objects of pictures on white; those that are nearly white or nearly everything are left out."""
+def cut_out(item: Item) -> Sprite | None:
+    """The object of a picture on white; None where it is nearly white, or fills the picture.
+
+    What is partly white is unmixed: a colour is alpha times its own and 1 - alpha times white.
+    """
     config = PreprocessingConfig(size=SIDE)
-    sprites = []
-    for first in range(0, len(items), AT_ONCE):
-        some = items[first : first + AT_ONCE]
-        pictures = np.stack([decode_array(one.picture.read(), one.name, config) for one in some])
-        for item, picture, share in zip(some, pictures, opacity(pictures), strict=True):
-            if 0.2 <= share.mean() <= 0.95:
-                sprites.append(without_white(item, picture, share[..., None]))
-    return sprites
-
-
-def without_white(
-    item: Item, picture: UInt8[np.ndarray, "y x 3"], alpha: Float[np.ndarray, "y x 1"]
-) -> Sprite:
-    """Unmixed: a colour is alpha times its own and 1 - alpha times white."""
+    picture = decode_array(item.picture.read(), item.name, config)
+    alpha = opacity(picture)[..., None]
+    if not 0.2 <= alpha.mean() <= 0.95:
+        return None
     own = np.clip(picture - (1.0 - alpha) * 255.0, 0.0, 255.0 * alpha)
     image = Image.fromarray(np.rint(np.concatenate([own, alpha * 255.0], 2)).astype(np.uint8))
     name = item.caption.partition(" of ")[2] or item.caption
     return Sprite(image.crop(image.getchannel("A").getbbox()), item.label, name)
 
 
-def opacity(pictures: UInt8[np.ndarray, "n y x 3"]) -> Float[np.ndarray, "n y x"]:
+def opacity(picture: UInt8[np.ndarray, "y x 3"]) -> Float[np.ndarray, "y x"]:
     """0 on the white that reaches the edge, 1 within the object, between them where both are mixed."""
-    darkest = pictures.min(axis=3)
+    darkest = picture.min(axis=2)
     bright = darkest >= WHITE
     edge = np.zeros_like(bright)
-    edge[:, [0, -1], :] = edge[:, :, [0, -1]] = True
+    edge[[0, -1], :] = edge[:, [0, -1]] = True
     ground = bright & edge
     while True:
         grown = bright & widened(ground)
@@ -146,15 +139,15 @@ def opacity(pictures: UInt8[np.ndarray, "n y x 3"]) -> Float[np.ndarray, "n y x"
     return np.where(ground, 0.0, np.where(rim, mixed, 1.0))
 
 
-def widened(mask: Bool[np.ndarray, "n y x"]) -> Bool[np.ndarray, "n y x"]:
+def widened(mask: Bool[np.ndarray, "y x"]) -> Bool[np.ndarray, "y x"]:
     """A mask and its neighbours."""
     return np.logical_or.reduce([mask, *shifted(mask, False)])
 
 
-def shifted(maps: np.ndarray, outside: float) -> list[np.ndarray]:
-    """Maps moved by one pixel in the four directions."""
-    padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)), constant_values=outside)
-    return [padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]]
+def shifted(map_: np.ndarray, outside: float) -> list[np.ndarray]:
+    """A map moved by one pixel in the four directions."""
+    padded = np.pad(map_, 1, constant_values=outside)
+    return [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
 
 
 def paint_canvas(draw: np.random.Generator) -> tuple[UInt8[np.ndarray, "y x 3"], str]:
@@ -181,11 +174,15 @@ def colour_of(draw: np.random.Generator, luma: float) -> Float[np.ndarray, " 3"]
     return 255.0 * (colour + (1.0 - colour) * ((luma - own) / max(1.0 - own, 1e-6)))
 
 
-def place(draw: np.random.Generator, sprites: list[Sprite]) -> list[Placed]:
+def place(
+    draw: np.random.Generator, cut: Callable[[int], Sprite | None], count: int
+) -> list[Placed]:
     """One to three objects that hardly overlap."""
     placed: list[Placed] = []
     for _ in range(int(draw.integers(1, MOST + 1))):
-        sprite = sprites[int(draw.integers(len(sprites)))]
+        sprite = None
+        while sprite is None:
+            sprite = cut(int(draw.integers(count)))
         longer = int(draw.integers(SMALLEST, LARGEST + 1))
         scale = longer / max(sprite.image.size)
         width, height = (max(8, round(side * scale)) for side in sprite.image.size)
