@@ -4,7 +4,7 @@
 set -euo pipefail
 here="$(dirname "$0")" out="${1:-runs/inpainting}"
 ae="${AE:-$(ldmkit train-ae "$here/data" --preset tiny --out "$out/ae")}"
-latents=$(ldmkit encode "$here/data" --ae "$ae" --holes mixed --out "$out/latents")
+latents=$(ldmkit encode "$here/data" --ae "$ae" --holes mixed --keep-pictures --out "$out/latents")
 ldm=$(ldmkit train-diffusion "$latents" --preset tiny --holdout 0.05 ${STEPS:+--steps "$STEPS"} --ae "$ae" --out "$out/ldm" \
   --condition mask)
 ldmkit sample "$ldm" --like "$latents" --holdout 0.05 --num 12 --guidance 1 | ldmkit decode --ae "$ae" --out "$out/samples" > /dev/null

@@ -33,9 +33,11 @@ from ldmkit.data.images import read_images
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.sources import open_source
 from ldmkit.data_configs import EncodeConfig, SourceConfig
+from ldmkit.decode_configs import DecodeConfig
 from ldmkit.diffusion_configs import UNetConfig
 from ldmkit.errors import DataError
 from ldmkit.facts import DiffusionFacts
+from ldmkit.generation_configs import SampleConfig
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.torchvision_import import import_torchvision
 
@@ -328,6 +330,32 @@ def test_a_model_file_is_told_the_same(world, kind, tmp_path):
     assert again.config == model.config
     assert_alike(again.condition(values), model.condition(values))
     assert_alike(again.condition(again.empty(values)), model.condition(model.empty(values)))
+
+
+def test_only_the_hole_is_painted_where_a_set_keeps_its_pictures(world, tmp_path):
+    latents = ldmkit.encode(
+        EncodeConfig(
+            data=str(world.data),
+            ae=world.ae,
+            out=tmp_path / "kept",
+            holes="boxes",
+            keep_pictures=True,
+            dtype="float32",
+        )
+    )
+    model = save_model(world, tmp_path / "model.safetensors", "mask")
+    samples, out = tmp_path / "samples.safetensors", tmp_path / "out"
+    config = SampleConfig(model=model, like=latents, num=3, steps=1, out=samples)
+    ldmkit.sample(config)
+    ldmkit.decode(DecodeConfig(samples=samples, ae=world.ae, out=out))
+    kept = LatentSet(tmp_path / "kept")
+    painted = [np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]
+    assert len(painted) == 3
+    for number, found in enumerate(painted):
+        picture = kept.rows("image", [number])[0].movedim(0, 2).numpy()
+        hole = kept.rows("hole", [number])[0].bool().numpy()
+        assert np.array_equal(found[~hole], picture[~hole])
+        assert not np.array_equal(found[hole], picture[hole])
 
 
 def grey(size: int, value: int = 0, mode: str = "L") -> Callable[[Path], str]:

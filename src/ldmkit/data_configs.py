@@ -198,6 +198,11 @@ class EncodeConfig(SourceConfig):
     hole_fill: HoleFill = field(
         "black", "Colour of the hole that is encoded: black (the paper) or grey (Stable Diffusion)"
     )
+    keep_pictures: bool = field(
+        False,
+        "With --holes: store the pictures too (8 bits), so that `sample --like` and `decode` paint in the"
+        " hole alone",
+    )
     shard_size: Positive = field(1024, "Pictures for each shard file")
     batch_size: Positive = field(32, "Latents computed at once")
     dtype: Literal["float16", "bfloat16", "float32"] = field(
@@ -251,6 +256,8 @@ class EncodeConfig(SourceConfig):
             )
         if self.hole_fill != "black" and self.holes is None:
             raise ValueError("--hole-fill is the colour of --holes: give their kind too")
+        if self.keep_pictures and self.holes is None:
+            raise ValueError("--keep-pictures is for pictures with --holes: give their kind too")
         return self
 
 

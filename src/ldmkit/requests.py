@@ -42,6 +42,8 @@ class Asked(NamedTuple):
     """For people and for the sample file: what each sample is told, by kind of condition."""
     values: Callable[[Sequence[int]], dict[str, Tensor]]
     """Numbers of samples -> the values for the model."""
+    kept: Callable[[Sequence[int]], dict[str, Tensor]] = lambda _: {}
+    """Numbers of samples -> the pictures and holes that `decode` blends them with, where a set has them."""
 
 
 class Request(NamedTuple):
@@ -300,7 +302,13 @@ def _as_the_set(
         ]
         return {kind: torch.cat([one[kind] for one in alone]) for kind in readers}
 
-    return Asked([{"like": keys[index]} for index in turns], values)
+    painting = "mask" in readers and {"image", "hole"} <= set(latents.manifest.columns)
+
+    def kept(numbers: Sequence[int]) -> dict[str, Tensor]:
+        columns = ("image", "hole") if painting else ()
+        return {name: latents.rows(name, turns[list(numbers)]) for name in columns}
+
+    return Asked([{"like": keys[index]} for index in turns], values, kept)
 
 
 def as_lines(said: Sequence[Mapping[str, str]]) -> list[str]:

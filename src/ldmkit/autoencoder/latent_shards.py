@@ -208,6 +208,9 @@ def extra_columns(
     if "hole" in work.columns:
         none = torch.empty(0, height, width, dtype=torch.uint8)
         columns["hole"] = torch.cat([none, *(v.hole[None] for v in views if v.hole is not None)])
+    if "image" in work.columns:
+        none = torch.empty(0, work.preprocessing.channels, height, width, dtype=torch.uint8)
+        columns["image"] = torch.cat([none, *(to_pixels(fill_gaps(x).images) for x in images)])
     if work.companions.lowres is not None:
         ratio = work.companions.lowres.ratio
         side = (height // ratio, width // ratio)

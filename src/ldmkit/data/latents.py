@@ -22,6 +22,7 @@ and, where the source has them or they were asked for:
                                  text.empty ([t, w]), that of the empty text
     hole          [N, H, W]      1 = to be painted in, uint8
     masked        [N, z, h, w]   mean of the posterior of the picture whose hole is filled
+    image         [N, C, H, W]   the picture itself, uint8
 
 `manifest.json` comes last and names every shard with its size and sha256. A set without it is
 unfinished and is refused.
@@ -62,6 +63,7 @@ COLUMNS = (
     "scalars",
     "text",
     "hole",
+    "image",
     "masked",
 )
 STORED_DTYPES = {

@@ -51,6 +51,7 @@ FORMS = {
     "text": Form(("F16",), 3),
     "hole": Form(("U8",), 3),
     "masked": Form(LATENT_DTYPES, 4),
+    "image": Form(("U8",), 4),
 }
 """Column -> form. The others are texts and boxes."""
 

@@ -204,6 +204,10 @@ def plan_work(
     step = config.bucket_step if config.buckets else preprocessing.size
     if config.lowres and step % config.lowres:
         raise UsageError(f"--lowres {config.lowres} does not divide {step}, a side of the pictures")
+    if config.keep_pictures and facts.depth != "uint8":
+        raise UsageError(
+            f"--keep-pictures stores 8 bits, and the autoencoder saw {facts.depth}: leave it out"
+        )
     if config.holes not in (None, "given") and step < SMALLEST_SIDE:
         raise UsageError(
             f"--holes {config.holes} needs sides of {SMALLEST_SIDE} pixels, and pictures have {step}"
@@ -220,6 +224,7 @@ def plan_work(
         "text": tower is not None,
         "hole": config.holes is not None,
         "masked": config.holes is not None,
+        "image": config.keep_pictures,
     }
     stored = sorted(name for name, there in columns.items() if there)
     lowres = None

@@ -1,6 +1,5 @@
 """`ldmkit sample`: seeds and conditions in, latents out."""
 
-from collections.abc import Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ldmkit.facts import SampleFacts
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.manner import manner_of
 from ldmkit.modelfile import save, versions, write_message
-from ldmkit.requests import as_lines, asked_of
+from ldmkit.requests import Asked, as_lines, asked_of
 from ldmkit.tensors import Labels, Latents
 from ldmkit.terminal import track
 from ldmkit.training.runtime import groups_of, pick_device
@@ -71,25 +70,27 @@ def sample(
                 progress.advance(kept)
             latents = torch.cat(parts)
             if stream is not None:
-                block = _block(latents, seeds[rows], asked.said[rows], config, (total, first))
+                block = _block(latents, seeds[rows], asked, config, (total, first))
                 write_message(stream, **block)
             else:
                 drawn.append(latents)
     if stream is not None:
         return None
-    save(config.out, **_block(torch.cat(drawn), seeds, asked.said, config, (total, 0)))
+    save(config.out, **_block(torch.cat(drawn), seeds, asked, config, (total, 0)))
     return config.out
 
 
 def _block(
     latents: Latents,
     seeds: Labels,
-    said: Sequence[Mapping[str, str]],
+    asked: Asked,
     config: SampleConfig,
     place: tuple[int, int],
 ) -> dict[str, Any]:
     """Some samples as a file or message; `place`: of how many, and the number of the first."""
     facts = diffusion_facts(config.model)
+    numbers = range(place[1], place[1] + len(latents))
+    told = as_lines([asked.said[number] for number in numbers])
     block_facts = SampleFacts(
         fingerprint="",
         autoencoder=facts.autoencoder,
@@ -100,7 +101,12 @@ def _block(
         versions=versions(),
     )
     return {
-        "tensors": {"latents": latents, "seed": seeds, **text_columns("told", as_lines(said))},
+        "tensors": {
+            "latents": latents,
+            "seed": seeds,
+            **text_columns("told", told),
+            **asked.kept(numbers),
+        },
         "kind": "samples",
         "config": {},
         "facts": block_facts.model_dump(mode="json"),
