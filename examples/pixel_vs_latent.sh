@@ -9,7 +9,7 @@ diffuse() { # FOLDER AUTOENCODER OPTIONS...
   ldmkit sample "$ldm" --like "$latents" --holdout 0.05 --num 12 --guidance 3 | ldmkit decode --ae "$2" --out "$out/$1/samples" > /dev/null
 }
 pixels=$(ldmkit train-ae "$here/data" --preset identity --preprocessing.size 64 --out "$out/pixels/ae")
-diffuse pixels "$pixels" --unet.channels 16 --unet.multipliers 1,2,4,8,8 --unet.attention-factors 16 --unet.norm-groups 4
+diffuse pixels "$pixels" --unet.channels 16 --unet.multipliers 1,2,4,8,8 --unet.attention-factors 16 --unet.head-channels 16 --unet.norm-groups 4
 ae="${AE:-$(ldmkit train-ae "$here/data" --preset tiny --out "$out/latent/ae")}"
 diffuse latent "$ae"
 python "$here/beside.py" "$latents" "$ae" "$out/sheet.png" "$out/pixels/samples" "$out/latent/samples" --told class
