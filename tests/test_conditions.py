@@ -246,7 +246,7 @@ def test_the_condition_matters(world, kind):
         told = model.condition({name: value[rows] for name, value in values.items()})
         return (model.denoise(noisy, sigma, told) - latents[rows]).square().mean()
 
-    for _ in range(100):
+    for _ in range(100 if kind == "embedded-text" else 60):  # a frozen tower says it faintly
         rows = torch.randint(COUNT, (16,), generator=generator)
         optimizer.zero_grad()
         loss(values, rows, generator).backward()
