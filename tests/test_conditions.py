@@ -358,6 +358,25 @@ def test_only_the_hole_is_painted_where_a_set_keeps_its_pictures(world, tmp_path
         assert not np.array_equal(found[hole], picture[hole])
 
 
+def test_previews_show_the_boxes_that_they_were_told(world, tmp_path, monkeypatch):
+    from ldmkit.recipes import train_diffusion as recipe
+
+    config = training(world, "layout", preview_steps=1)
+    model, _ = fresh(world, "layout")
+    readers = readers_of(model.config.conditions, config.options_of, world.latents)
+    data = recipe.Data(world.latents, [np.arange(COUNT)], readers, None)
+    drawn = recipe.preview(model, load_autoencoder(world.ae), data, config)
+    monkeypatch.setattr(recipe, "draw_boxes", lambda pixels, boxes, names: pixels)
+    plain = recipe.preview(model, load_autoencoder(world.ae), data, config)
+    changed = (drawn != plain).any(1)
+    for picture, index in enumerate(
+        world.latents.in_turns(np.arange(COUNT)).tolist()[: len(plain)]
+    ):
+        _, x0, y0, *_ = (world.latents.boxes(index)[0] * (SIZE - 1)).astype(int)
+        assert changed[picture, y0 : y0 + 2, x0 : x0 + 2].any(), "the corner of its first box"
+        assert not changed[picture].all()
+
+
 def grey(size: int, value: int = 0, mode: str = "L") -> Callable[[Path], str]:
     def write(scratch: Path) -> str:
         Image.new(mode, (size, size), value).save(scratch / "given.png")

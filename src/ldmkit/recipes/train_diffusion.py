@@ -17,8 +17,10 @@ from ldmkit.assembly import (
     save_diffusion,
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.conditioning.box_lists import draw_boxes
 from ldmkit.conditioning.kind import Reader
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
+from ldmkit.conditioning.layout import boxes_of_rows
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_batches import samples_of_step, training_buckets
 from ldmkit.data.latent_set import LatentSet
@@ -278,4 +280,10 @@ def preview(
     guide = guide_together(model.config.conditions, config.preview_guidance)
     clean = draw_latents(model, values, shape, noise, Manner(config.preview_steps, guide))
     with torch.no_grad():
-        return to_pixels(autoencoder.decode(clean))
+        pixels = to_pixels(autoencoder.decode(clean))
+    for told in model.config.conditions:
+        if told.kind == "layout" and pixels.shape[1] == 3:
+            rows = [torch.from_numpy(latents.boxes(index)) for index in indices.tolist()]
+            boxes = [boxes_of_rows(row, len(told.names)) for row in rows]
+            pixels = draw_boxes(pixels, boxes, told.names)
+    return pixels
