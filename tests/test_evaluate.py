@@ -11,12 +11,14 @@ from PIL import Image
 from torch import nn
 
 import ldmkit
-from conftest import draw_picture
+from conftest import diffusion_config, draw_picture
+from ldmkit.configs import EMAConfig
 from ldmkit.data.images import split
 from ldmkit.data.items import Span
 from ldmkit.data.sources import open_source
 from ldmkit.data_configs import SourceConfig
-from ldmkit.errors import DataError
+from ldmkit.diffusion_configs import AverageConfig
+from ldmkit.errors import DataError, UsageError
 from ldmkit.evaluation_configs import EvaluateConfig
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.metrics import feature_networks
@@ -318,3 +320,46 @@ def test_inception_features_are_called_what_they_are(folder, tmp_path, monkeypat
     assert set(found) == {"FID", "KID", "IS", "precision", "recall", "density", "coverage"}
     assert found["IS"]["value"] >= 1
     assert report["thresholds"][0]["met"]
+
+
+def test_a_sweep_of_averages_is_scored_by_distance_to_a_reference(pipeline, effnet, tmp_path):
+    config = diffusion_config(
+        pipeline.latents, tmp_path / "run", steps=4, average=AverageConfig(snapshots=2)
+    )
+    ldmkit.train_diffusion(config)
+    reference = tmp_path / "real.safetensors"
+    shared = {"ae": pipeline.ae, "effnet": effnet}
+    real = str(pipeline.data)
+    ldmkit.evaluate(
+        EvaluateConfig(
+            samples=real,
+            data=real,
+            save_reference=reference,
+            bootstrap=2,
+            **{"out": tmp_path / "e", **shared},
+        )
+    )
+    sweep = EMAConfig(
+        run=tmp_path / "run", sweep=(0.05, 0.1), reference=reference, num=6, steps=2, **shared
+    )
+    first, second = (ldmkit.ema(sweep)["models"] for _ in range(2))
+    scores = [model["score"] for model in first]
+    assert scores == [model["score"] for model in second]
+    assert scores[0] != scores[1]
+    drawn = tmp_path / "drawn"
+    report = ldmkit.evaluate(
+        EvaluateConfig(
+            model=Path(first[0]["path"]),
+            reference=reference,
+            out=drawn,
+            num=6,
+            steps=2,
+            guidance=1.0,
+            bootstrap=2,
+            **shared,
+        )
+    )
+    measured = report_of(report)
+    assert scores[0] == pytest.approx(numbers_of(measured)["FD-effnet"], rel=1e-6)
+    with pytest.raises(UsageError, match="give --ae and --effnet too"):
+        ldmkit.ema(sweep.model_copy(update={"ae": None}))

@@ -246,6 +246,15 @@ class EMAConfig(Config):
         "Model file, or directory with --sweep (default: RUN/ema-WIDTH-step-STEP.safetensors)",
         short="-o",
     )
+    reference: Path | None = field(
+        None,
+        "Score by the Fréchet distance to these statistics, which `evaluate --save-reference` wrote, instead"
+        " of the run's validation loss",
+    )
+    ae: Path | None = field(None, "With --reference: autoencoder file")
+    effnet: Path | None = field(None, "With --reference: weights of EfficientNet-Lite0")
+    num: Annotated[int, Field(ge=2)] = field(500, "With --reference: samples for each model")
+    steps: Positive = field(25, "With --reference: model calls for each sample")
 
 
 class InspectConfig(Config):

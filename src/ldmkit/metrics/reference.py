@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ldmkit.container import read_header
 from ldmkit.errors import DataError
 from ldmkit.facts import validated
 from ldmkit.fields import Config
@@ -91,6 +92,20 @@ def save_reference(path: Path, references: Mapping[str, Reference]) -> None:
     save(path, tensors, kind="reference", config={}, facts=facts.model_dump(mode="json"))
 
 
+def stored_protocol(path: Path, network: str) -> Protocol:
+    """How the pictures behind a file of statistics became features.
+
+    Raises:
+        DataError: the file is damaged, or holds no features of this network.
+    """
+    facts = validated(ReferenceFacts, read_header(path).facts, str(path))
+    if network not in facts.protocols:
+        raise DataError(
+            f"{path} holds features of {', '.join(facts.protocols)}, not of {network}: make it again"
+        )
+    return facts.protocols[network]
+
+
 def load_reference(path: Path, wanted: Protocol) -> Reference:
     """The statistics that a file holds of one network.
 
@@ -104,11 +119,7 @@ def load_reference(path: Path, wanted: Protocol) -> Reference:
     header, tensors = load(path, kind="reference")
     facts = validated(ReferenceFacts, header.facts, str(path))
     name = wanted.network
-    protocol = facts.protocols.get(name)
-    if protocol is None:
-        raise DataError(
-            f"{path} holds features of {', '.join(facts.protocols)}, not of {name}: make it again"
-        )
+    protocol = stored_protocol(path, name)
     if protocol.digest != facts.protocol_digests.get(name):
         raise DataError(f"{path} is damaged: its protocol does not match its hash; make it again")
     _require_same(protocol, wanted, path)

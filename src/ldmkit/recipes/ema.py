@@ -7,6 +7,7 @@ from typing import Any
 from ldmkit.assembly import save_diffusion
 from ldmkit.configs import EMAConfig
 from ldmkit.errors import UsageError
+from ldmkit.frechet_score import frechet_score
 from ldmkit.held_back import validation_of
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import require_tensors
@@ -23,8 +24,8 @@ def ema(config: EMAConfig, score: Score | None = None) -> dict[str, Any]:
 
     Args:
         config: of which run, which widths, to where.
-        score: a number for a model, smaller is better (default: the validation loss of the run, if it
-            measured one).
+        score: a number for a model, smaller is better (default: the Fréchet distance to
+            `config.reference`, else the validation loss of the run, if it measured one).
 
     Returns:
         `{"schema_version": 1, "models"}`; each model has path, width, step, error (share of the
@@ -38,6 +39,9 @@ def ema(config: EMAConfig, score: Score | None = None) -> dict[str, Any]:
     widths = config.sweep or (config.width,)
     solutions = fits(snapshots, widths)
     paths = [path_for(config, width, snapshots[-1].facts.step) for width in widths]
+    if score is None and config.reference is not None:
+        shape = snapshots[-1].facts.model.latent_shape
+        score = frechet_score(config, config.reference, shape)
     score = score or validation_of(config.run)
     models: list[dict[str, Any]] = []
     with track("ema", len(widths), unit="model") as progress:
