@@ -81,6 +81,13 @@ class Row(NamedTuple):
     samples: int
 
 
+def weight_of(task: str, guidance: float) -> dict[str, object]:
+    """The weight as `sample` takes it: concatenated conditions are guided by name alone."""
+    if task in ("labelmap", "lowres", "mask") and guidance != 1.0:
+        return {"guidance_of": (f"{task}={guidance:g}",)}
+    return {"guidance": guidance}
+
+
 def main() -> None:
     """Measure each run, print a table, and write JSON where it is asked for."""
     parser = argparse.ArgumentParser(
@@ -135,7 +142,7 @@ def case_of(run: Path, asked: argparse.Namespace) -> Case:
                 holdout=asked.holdout,
                 num=count,
                 steps=asked.steps,
-                guidance=asked.guidance,
+                **weight_of(asked.task, asked.guidance),
                 device=asked.device,
                 batch_size=AT_ONCE,
             )

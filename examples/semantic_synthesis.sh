@@ -8,5 +8,5 @@ ae="${AE:-$(ldmkit train-ae "$out/data/images" --preset tiny --out "$out/ae")}"
 latents=$(ldmkit encode "$out/data/images" --labelmaps "$out/data/labelmaps" --ae "$ae" --out "$out/latents")
 ldm=$(ldmkit train-diffusion "$latents" --preset tiny --holdout 0.05 ${STEPS:+--steps "$STEPS"} --ae "$ae" --out "$out/ldm" \
   --condition labelmap --labelmap.classes 10 --labelmap.mapped 10)
-ldmkit sample "$ldm" --like "$latents" --holdout 0.05 --num 12 --guidance 1.5 | ldmkit decode --ae "$ae" --out "$out/samples" > /dev/null
+ldmkit sample "$ldm" --like "$latents" --holdout 0.05 --num 12 --guidance-of labelmap=1.5 | ldmkit decode --ae "$ae" --out "$out/samples" > /dev/null
 python "$here/beside.py" "$latents" "$ae" "$out/sheet.png" "$out/samples" --told labelmap
