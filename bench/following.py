@@ -81,13 +81,6 @@ class Row(NamedTuple):
     samples: int
 
 
-def weight_of(task: str, guidance: float) -> dict[str, object]:
-    """The weight as `sample` takes it: concatenated conditions are guided by name alone."""
-    if task in ("labelmap", "lowres", "mask") and guidance != 1.0:
-        return {"guidance_of": (f"{task}={guidance:g}",)}
-    return {"guidance": guidance}
-
-
 def main() -> None:
     """Measure each run, print a table, and write JSON where it is asked for."""
     parser = argparse.ArgumentParser(
@@ -133,6 +126,8 @@ def case_of(run: Path, asked: argparse.Namespace) -> Case:
     training = latents.training_indices(asked.holdout)
     held_back = np.setdiff1d(np.arange(len(latents)), training)
     count = min(asked.num, len(held_back))
+    # what is concatenated stays told, unless it is guided by its name
+    by_name = asked.task in ("labelmap", "lowres", "mask") and asked.guidance != 1.0
     with tempfile.TemporaryDirectory() as scratch:
         drawn = ldmkit.sample(
             SampleConfig(
@@ -142,7 +137,8 @@ def case_of(run: Path, asked: argparse.Namespace) -> Case:
                 holdout=asked.holdout,
                 num=count,
                 steps=asked.steps,
-                **weight_of(asked.task, asked.guidance),
+                guidance=None if by_name else asked.guidance,
+                guidance_of=(f"{asked.task}={asked.guidance:g}",) if by_name else (),
                 device=asked.device,
                 batch_size=AT_ONCE,
             )
