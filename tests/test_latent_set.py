@@ -98,6 +98,8 @@ def test_any_samples_in_any_order_are_those_that_were_stored(
     tmp_path_factory, counts, dtype, noisy, data
 ):
     total = sum(counts)
+    # before a set is open: its thread is checked by beartype, which takes from the global random numbers
+    wanted = data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=20))
     means = numbered(counts, dtype=dtype)
     stds = [mean.abs() / 2 for mean in means] if noisy else None
     labels = torch.arange(total) % 3
@@ -106,7 +108,6 @@ def test_any_samples_in_any_order_are_those_that_were_stored(
     )
     latents = LatentSet(root)
     assert len(latents) == total
-    wanted = data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=20))
     batch = latents.read(wanted)
     whole = torch.cat(means)
     assert batch.mean.dtype == batch.std.dtype == dtype
@@ -116,6 +117,7 @@ def test_any_samples_in_any_order_are_those_that_were_stored(
     assert np.array_equal(latents.labels[wanted], labels[wanted])
     if 0 not in counts:
         assert list(latents.texts("key")) == [str(number) for number in range(total)]
+    latents.wait_until_verified()  # so that no thread lives on into the next example
 
 
 def test_what_is_not_there_is_refused(tmp_path):
