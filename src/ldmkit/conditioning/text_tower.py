@@ -119,20 +119,6 @@ def encode_texts(
     return found[[places[text] for text in texts]]
 
 
-def tower_shape(name: str, output: Output) -> TowerShape:
-    """What a tower gives, from its name alone: no weights are needed.
-
-    Raises:
-        UsageError: open_clip has no such architecture, or ldmkit does not take it.
-    """
-    config = _config(name)
-    text = config["text_cfg"]
-    length = text.get("context_length", 77)
-    pooled = output == "pooled"
-    width = config["embed_dim"] if pooled else text.get("width", 512)
-    return TowerShape(1 if pooled else length, width, length)
-
-
 def load_tower(
     name: str,
     weights: Path | None,
