@@ -294,7 +294,6 @@ def _as_the_set(
         if not len(indices):
             raise DataError(f"--holdout {config.holdout:g} keeps none of the latents back")
     turns = indices[np.arange(config.num or USUAL) % len(indices)]
-    keys = list(latents.texts("key"))
 
     def values(numbers: Sequence[int]) -> dict[str, Tensor]:
         alone = [
@@ -308,7 +307,7 @@ def _as_the_set(
         columns = ("image", "hole") if painting else ()
         return {name: latents.rows(name, turns[list(numbers)]) for name in columns}
 
-    return Asked([{"like": keys[index]} for index in turns], values, kept)
+    return Asked([{"like": latents.text("key", index)} for index in turns.tolist()], values, kept)
 
 
 def as_lines(said: Sequence[Mapping[str, str]]) -> list[str]:

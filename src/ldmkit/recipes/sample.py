@@ -11,7 +11,7 @@ from ldmkit.configs import STREAM
 from ldmkit.data.latents import text_columns
 from ldmkit.drawing import draw_latents, seeded_noise
 from ldmkit.errors import UsageError
-from ldmkit.facts import SampleFacts
+from ldmkit.facts import DiffusionFacts, SampleFacts
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.manner import manner_of
 from ldmkit.modelfile import save, versions, write_message
@@ -70,13 +70,13 @@ def sample(
                 progress.advance(kept)
             latents = torch.cat(parts)
             if stream is not None:
-                block = _block(latents, seeds[rows], asked, config, (total, first))
+                block = _block(latents, seeds[rows], asked, config, facts, (total, first))
                 write_message(stream, **block)
             else:
                 drawn.append(latents)
     if stream is not None:
         return None
-    save(config.out, **_block(torch.cat(drawn), seeds, asked, config, (total, 0)))
+    save(config.out, **_block(torch.cat(drawn), seeds, asked, config, facts, (total, 0)))
     return config.out
 
 
@@ -85,10 +85,10 @@ def _block(
     seeds: Labels,
     asked: Asked,
     config: SampleConfig,
+    facts: DiffusionFacts,
     place: tuple[int, int],
 ) -> dict[str, Any]:
     """Some samples as a file or message; `place`: of how many, and the number of the first."""
-    facts = diffusion_facts(config.model)
     numbers = range(place[1], place[1] + len(latents))
     told = as_lines([asked.said[number] for number in numbers])
     block_facts = SampleFacts(
