@@ -85,6 +85,12 @@ class TokenTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         for embedding in (self.token_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
+        for (
+            block
+        ) in self.blocks:  # at first every token says what it is, not what all have in common
+            for branch in (block.attention.to_out, block.contract):
+                nn.init.zeros_(branch.weight)
+                nn.init.zeros_(branch.bias)
 
     def forward(self, ids: Ids) -> Tokens:
         """Ids `[batch, length]` to tokens `[batch, length, width]`."""
