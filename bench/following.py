@@ -8,6 +8,7 @@ for layout, labelmap and scalars RUN/data/images. `sample --like RUN/latents --h
 
     class, text  is the class of the picture, by a classifier, the one that was told? Mean over the classes
                  of the share that is right, so that chance is one in the number of classes
+    text         and: is the picture whose caption was told among those nearest to the sample (VGG16's features)?
     layout       the same of the crops of all boxes; and IoU of what differs from the canvas with the boxes
     labelmap     IoU of what differs from the canvas with what the map says is no canvas
     lowres       VGG16 distance and PSNR to the real picture, beside bicubic enlargement
@@ -23,62 +24,22 @@ its weights are kept in --classifier. Numbers behind +- are standard errors of t
 import argparse
 import json
 import math
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from canvas import count_objects, foreground, lightness, overlaps
+from case import AT_ONCE, Case, Row, case_of, mean_of
 from classifier import balanced, classes_of, small, trained
+from likeness import follow_lowres, follow_mask
+from retrieval import described, hit, ranks
 from torch import Tensor, nn
 
-import ldmkit
-from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
-from ldmkit.autoencoder.perceptual import PerceptualDistance, box_distance
-from ldmkit.conditioning.mask import blended
+from ldmkit.assembly import autoencoder_facts, preprocessing_of
 from ldmkit.data.images import read_images
-from ldmkit.data.items import Item
 from ldmkit.data.latent_set import LatentSet
-from ldmkit.data.sources import open_source
-from ldmkit.data_configs import SourceConfig
-from ldmkit.generation_configs import SampleConfig
-from ldmkit.metrics.reconstruction import psnr
-from ldmkit.metrics.st_lpips import load_st_lpips
-from ldmkit.modelfile import load
 from ldmkit.training.runtime import pick_device
-
-AT_ONCE = 64
-"""Pictures measured together."""
-
-
-class Case(NamedTuple):
-    """Held-back samples of one run."""
-
-    latents: LatentSet
-    indices: np.ndarray
-    """Of the latents whose conditions the samples were told."""
-    real: Tensor
-    """The pictures, `[n, 3, y, x]` in [-1, 1]."""
-    decoded: Tensor
-    """The same through the autoencoder."""
-    made: Tensor
-    training: tuple[Sequence[Item], np.ndarray]
-    """Pictures that were not held back, and where they are in the set."""
-
-
-class Row(NamedTuple):
-    """One measurement."""
-
-    what: str
-    made: float
-    error: float
-    """Standard error of it."""
-    real: float
-    control: float
-    samples: int
 
 
 def main() -> None:
@@ -119,59 +80,6 @@ def main() -> None:
         print(text)
 
 
-@torch.no_grad()
-def case_of(run: Path, asked: argparse.Namespace) -> Case:
-    """Draw the samples of a run, and read what they should be like."""
-    latents = LatentSet(run / "latents")
-    training = latents.training_indices(asked.holdout)
-    held_back = np.setdiff1d(np.arange(len(latents)), training)
-    count = min(asked.num, len(held_back))
-    # what is concatenated stays told, unless it is guided by its name
-    by_name = asked.task in ("labelmap", "lowres", "mask") and asked.guidance != 1.0
-    with tempfile.TemporaryDirectory() as scratch:
-        drawn = ldmkit.sample(
-            SampleConfig(
-                model=run / "ldm" / "diffusion.safetensors",
-                out=Path(scratch) / "samples.safetensors",
-                like=run / "latents",
-                holdout=asked.holdout,
-                num=count,
-                steps=asked.steps,
-                guidance=None if by_name else asked.guidance,
-                guidance_of=(f"{asked.task}={asked.guidance:g}",) if by_name else (),
-                device=asked.device,
-                batch_size=AT_ONCE,
-            )
-        )
-        if drawn is None:
-            raise SystemExit("nothing was drawn")
-        samples = load(drawn, kind="samples")[1]["latents"]
-    device = pick_device(asked.device)
-    model = load_autoencoder(asked.ae, device)
-
-    def decode(some: Tensor) -> Tensor:
-        parts = [model.decode(part.float().to(device)) for part in some.split(AT_ONCE)]
-        return torch.cat(parts).clamp(-1, 1).float().cpu()
-
-    indices = held_back[:count]
-    items = items_of(latents, asked.data)
-    preprocessing = preprocessing_of(autoencoder_facts(asked.ae), None)
-    real = read_images([items[index] for index in indices], preprocessing)
-    seen = [items[index] for index in training]
-    decoded = decode(latents.read(indices).mean)
-    return Case(latents, indices, real, decoded, decode(samples), (seen, training))
-
-
-def items_of(latents: LatentSet, data: str) -> list[Item]:
-    """The pictures of a set, in its order."""
-    known = {item.key: item for item in open_source(SourceConfig(data=data)).items}
-    keys = list(latents.texts("key"))
-    missing = [key for key in keys if key not in known]
-    if missing:
-        raise SystemExit(f"{data} lacks {missing[0]}: give --data the pictures that were encoded")
-    return [known[key] for key in keys]
-
-
 # classes
 
 
@@ -188,6 +96,21 @@ def agreement(
     own, error = balanced(real, told, classes)
     rows.append(Row(f"{what}, classifier on real", own, error, own, 1 / classes, len(told)))
     return rows
+
+
+def follow_text(case: Case, asked: argparse.Namespace) -> list[Row]:
+    """Classes as for `class`, and whether the picture whose caption was told is the nearest one."""
+    device = pick_device(asked.device)
+    made, decoded, real = (
+        described(images, device) for images in (case.made, case.decoded, case.real)
+    )
+    rows, count = [], len(real)
+    ranked = ranks(made, real), ranks(decoded, real), ranks(made.roll(1, 0), real)
+    for among in (1, max(count // 20, 1)):
+        own, through, shuffled = (hit(rank, among) for rank in ranked)
+        what = f"own picture among the nearest {among} of {count} (chance {among / count:.2g})"
+        rows.append(Row(what, *own, through[0], shuffled[0], count))
+    return [*rows, *follow_class(case, asked)]
 
 
 def follow_class(case: Case, asked: argparse.Namespace) -> list[Row]:
@@ -307,75 +230,11 @@ def correlation(one: Tensor, other: Tensor) -> float:
     return float((both[0] * both[1]).sum() / lengths) if lengths > 0 else 0.0
 
 
-# pictures
-
-
-def follow_lowres(case: Case, asked: argparse.Namespace) -> list[Row]:
-    """Enlarged pictures against the real ones, beside bicubic enlargement."""
-    stored = case.latents.rows("lowres", case.indices)
-    small_ones = stored / 127.5 - 1.0 if stored.dtype == torch.uint8 else stored.float()
-    size = list(case.real.shape[2:])
-    bicubic = F.interpolate(small_ones, size, mode="bicubic", align_corners=False).clamp(-1, 1)
-    return distance_rows(case.real, (case.made, case.decoded, bicubic), asked) + psnr_rows(
-        case.real, (case.made, case.decoded, bicubic), torch.ones(len(bicubic), *size).bool()
-    )
-
-
-def follow_mask(case: Case, asked: argparse.Namespace) -> list[Row]:
-    """What stands in the hole against the real picture, beside the mean colour of what is known."""
-    holes = case.latents.rows("hole", case.indices).bool()
-    known = (~holes)[:, None].float()
-    mean = (case.real * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
-    filled = mean.expand_as(case.real)
-    pasted = [blended(case.real, images, holes) for images in (case.made, case.decoded, filled)]
-    images = (pasted[0], pasted[1], pasted[2])
-    return distance_rows(case.real, images, asked) + psnr_rows(case.real, images, holes)
-
-
-def distance_rows(
-    real: Tensor, images: tuple[Tensor, Tensor, Tensor], asked: argparse.Namespace
-) -> list[Row]:
-    """Perceptual distances of made, decoded and control pictures; less is better."""
-    distances = {"VGG16 distance": box_distance()}
-    if asked.st_lpips:
-        parts = load_st_lpips(asked.st_lpips)
-        distances[parts.name] = PerceptualDistance(*parts)
-    device, rows = pick_device(asked.device), []
-    for name, distance in distances.items():
-        network = distance.to(device)
-        found = [apart(network, real, some, device) for some in images]
-        ends = float(found[1].mean()), float(found[2].mean())
-        rows.append(Row(name, *mean_of(found[0]), *ends, len(real)))
-    return rows
-
-
-@torch.no_grad()
-def apart(distance: PerceptualDistance, one: Tensor, other: Tensor, device: torch.device) -> Tensor:
-    """The distance of each pair."""
-    pairs = zip(one.split(AT_ONCE), other.split(AT_ONCE), strict=True)
-    return torch.cat([distance(a.to(device), b.to(device)).double().cpu() for a, b in pairs])
-
-
-def psnr_rows(real: Tensor, images: tuple[Tensor, Tensor, Tensor], where: Tensor) -> list[Row]:
-    """PSNR, dB, over some pixels; more is better."""
-    share = where[:, None].float().mean((1, 2, 3)).clamp_min(1e-9)
-    shift = 10 * share.log10()  # of an error that is the mean over all pixels
-    inside = [torch.where(where[:, None], some, real) for some in images]
-    found = [(psnr(real, some) + shift).double() for some in inside]
-    ends = float(found[1].mean()), float(found[2].mean())
-    return [Row("PSNR, dB", *mean_of(found[0]), *ends, len(real))]
-
-
-def mean_of(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
-
-
 MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"lightness": lightness, "count": count_objects}
 """Of the numbers that examples/compose.py writes."""
 TASKS: dict[str, Callable[[Case, argparse.Namespace], list[Row]]] = {
     "class": follow_class,
-    "text": follow_class,
+    "text": follow_text,
     "layout": follow_layout,
     "labelmap": follow_labelmap,
     "lowres": follow_lowres,

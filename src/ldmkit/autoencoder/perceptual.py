@@ -77,16 +77,18 @@ class PerceptualDistance(nn.Module):
         kind = images.device.type
         with torch.autocast(kind, enabled=self.bf16 and torch.is_autocast_enabled(kind)):
             with torch.no_grad():
-                targets = self.features(self._normalised(reference))
-            found = self.features(self._normalised(images))
+                targets = self.maps(reference)
+            found = self.maps(images)
         total = torch.zeros(1, device=images.device)
         for target, map_, weight in zip(targets, found, self.weights, strict=True):
             difference = (_unit_length(map_) - _unit_length(target)).square() * weight
             total = total + difference.sum(dim=1).mean(dim=(1, 2))
         return total.unflatten(0, (len(images), -1)).mean(dim=1)
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return (_triplets(images) - self.get_buffer("shift")) / self.get_buffer("scale")
+    def maps(self, images: Images) -> list[Tensor]:
+        """The feature maps that are compared, of RGB pictures or of triplets of channels one after the other."""
+        seen = _triplets(images)
+        return self.features((seen - self.get_buffer("shift")) / self.get_buffer("scale"))
 
 
 class BoxFeatures(nn.Module):
