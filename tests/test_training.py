@@ -248,10 +248,12 @@ def test_groups_cover_every_sample_once_and_are_always_full_on_the_cpu():
     assert [kept for _, kept in groups_of(5, 3, torch.device("cuda"))] == [3, 2]
 
 
-def test_a_second_ctrl_c_leaves_at_once():
-    with Interruption() as stop:
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    with Interruption(tmp_path) as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested
+        stop.look()
+        assert stop.stopping
+        assert stop.saving
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

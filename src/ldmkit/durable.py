@@ -74,6 +74,25 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def require_room(directory: Path, needed: int, what: str) -> None:
+    """Refuse work whose files the disk has no room for, before it begins.
+
+    Args:
+        directory: where they go; it is there.
+        needed: bytes.
+        what: the files are, in the plural.
+
+    Raises:
+        StorageError: fewer bytes are free.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise StorageError(
+            f"{directory}: {what} need about {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make "
+            "room, or give another --out"
+        )
+
+
 def sweep_temporaries(directory: Path, name: str = "*") -> None:
     """Remove what an earlier, killed process left unfinished in `directory`.
 

@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -24,6 +25,32 @@ ValueRange = Annotated[tuple[Finite, Finite], AfterValidator(_rises)]
 """The values that become -1 and 1."""
 NoiseRange = Annotated[tuple[Weight, Weight], AfterValidator(_rises)]
 """Noise levels, standard deviations of whitened latents; the upper one may be infinite."""
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+"""Of durations, in seconds."""
+
+
+def seconds(duration: str) -> float:
+    """The seconds in `90s`, `45m`, `7.5h`, `2d` or `7:30:00`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", duration):
+        return float(found[1]) * UNITS[found[2]]
+    if found := re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", duration):
+        return 3600.0 * int(found[1]) + 60.0 * int(found[2]) + int(found[3])
+    raise ValueError(f"{duration} is no duration: write 90s, 45m, 7.5h, 2d or 7:30:00")
+
+
+def _lasts(duration: str) -> str:
+    if not seconds(duration) > 0:
+        raise ValueError("a duration is longer than nothing")
+    return duration
+
+
+Duration = Annotated[str, AfterValidator(_lasts)]
+"""A time as a person writes it."""
 
 
 def listed(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards

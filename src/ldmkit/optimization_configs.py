@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldmkit.fields import Config, Count, Fraction, Positive, Weight, field
+from ldmkit.fields import Config, Count, Duration, Fraction, Positive, Weight, field
 
 ADAM_BETAS = (0.9, 0.999)
 
@@ -40,10 +40,20 @@ class TrainingConfig(Config):
     sample_every: Positive = field(1_000, "Steps between preview pictures in samples/")
     save_every: Positive = field(1_000, "Steps between checkpoints (the newest two are kept)")
     tensorboard: bool = field(False, "Write TensorBoard events too (extra: tensorboard)")
+    time_limit: Duration | None = field(
+        None,
+        "Save and stop (exit 75) before so much time has passed since the command began, such as 7.5h or"
+        " 7:30:00; run again to go on",
+    )
+    stall_timeout: Duration = field(
+        "30m",
+        "When one step takes so long, print where every thread is and end the process (exit 1); the last"
+        " checkpoint stays",
+    )
 
     FREE_TO_CHANGE: ClassVar[Sequence[str]] = (
         *("steps", "out", "workers", "device", "log_every", "sample_every", "save_every"),
-        "tensorboard",
+        *("tensorboard", "time_limit", "stall_timeout"),
     )
     """Fields that may differ when a run is resumed; any other would make it another run."""
 

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 
 HEARTBEAT_SECONDS = 30.0
+BEGAN = time.monotonic()
+"""About when the command began: this file is among the first that are imported."""
 
 _quiet = False
 

@@ -23,7 +23,7 @@ from ldmkit.data.latents import (
 from ldmkit.data.tally import tally_of
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import DataError
-from ldmkit.facts import Depth, Facts, ShardFacts
+from ldmkit.facts import AutoencoderFacts, Depth, Facts, ShardFacts
 from ldmkit.pixels import to_pixels
 from ldmkit.terminal import Track
 
@@ -68,6 +68,13 @@ class EncodedBatch(NamedTuple):
     std: Tensor | None
     masked: Tensor | None
     """Means of the pictures whose holes are filled."""
+
+
+def bytes_of(config: EncodeConfig, facts: AutoencoderFacts, pictures: int) -> int:
+    """About how many bytes the shards of so many pictures take: their means and standard deviations."""
+    side = (config.size or facts.preprocessing.size) // facts.factor
+    values = 2 * facts.latent_channels * side**2
+    return pictures * config.views * values * STORED_DTYPES[config.dtype].itemsize
 
 
 def encode_shards(

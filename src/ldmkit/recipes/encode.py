@@ -7,7 +7,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
-from ldmkit.autoencoder.latent_shards import Embed, Fill, Work, encode_shards, first_line
+from ldmkit.autoencoder.latent_shards import Embed, Fill, Work, bytes_of, encode_shards, first_line
 from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.conditioning.mask import Convention, fill_hole
 from ldmkit.conditioning.text_tower import FrozenTower, encode_texts, load_tower
@@ -39,11 +39,12 @@ from ldmkit.data.masks import SMALLEST_SIDE
 from ldmkit.data.sources import open_source
 from ldmkit.data.tally import lines_of
 from ldmkit.data_configs import EncodeConfig, HoleFill
-from ldmkit.durable import sweep_temporaries
+from ldmkit.durable import require_room, sweep_temporaries
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import AutoencoderFacts, Facts, Manifest, ShardFacts
 from ldmkit.manifest import MANIFEST, write_manifest
 from ldmkit.modelfile import save, write_message
+from ldmkit.ownership import owned
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import pick_device
 
@@ -65,8 +66,17 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
         DataError: a picture cannot be used (beyond `max_bad`), or OUT holds a set made differently.
         UsageError: `config.out` is `-` and there is no stream.
     """
-    if config.out == STREAM and stream is None:
+    if stream is not None:
+        return _encoded(config, stream)
+    if config.out == STREAM:
         raise UsageError("out is `-`, and no stream was given to write to")
+    job, jobs = job_of(config)
+    with owned(config.out, f"-{job}-of-{jobs}" if jobs > 1 else ""):
+        return _encoded(config, None)
+
+
+def _encoded(config: EncodeConfig, stream: BufferedIOBase | None) -> Path | None:
+    """The set, or its stream; no other process writes to the directory."""
     job, jobs = job_of(config)
     facts = autoencoder_facts(config.ae)
     source = open_source(config, max_bad=config.max_bad)
@@ -98,6 +108,8 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
     mine = tasks[job - 1 :: jobs]
     kept = {} if stream else kept_shards(config, work, mine)
     todo = [task for task in mine if task.number not in kept]
+    if stream is None:
+        require_room(config.out, bytes_of(config, facts, items_in(todo)), "the shards to come")
     model = load_autoencoder(config.ae, pick_device(config.device)) if todo else None
     if model is not None and config.tile:
         exact = config.tiling == "exact"

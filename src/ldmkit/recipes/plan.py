@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldmkit.assembly import autoencoder_facts, build_autoencoder, build_diffusion, diffusion_config
 from ldmkit.autoencoder.discriminator import PatchDiscriminator
+from ldmkit.autoencoder.latent_shards import bytes_of
 from ldmkit.conditioning.kinds import readers_of, values_of
 from ldmkit.configs import STREAM, TrainAEConfig, TrainDiffusionConfig
 from ldmkit.data.images import read_images, split
 from ldmkit.data.latent_batches import training_buckets
 from ldmkit.data.latent_set import LatentSet
-from ldmkit.data.latents import STORED_DTYPES
 from ldmkit.data.order import generator_for
 from ldmkit.data.sources import open_source
 from ldmkit.data_configs import EncodeConfig
@@ -93,12 +93,11 @@ def plan_encode(config: EncodeConfig) -> list[str]:
     side = (config.size or facts.preprocessing.size) // facts.factor
     shape = (facts.latent_channels, side, side)
     count = config.views * len(source.items)
-    stored = 2 * count * math.prod(shape) * STORED_DTYPES[config.dtype].itemsize
     shards = -(-len(source.items) // config.shard_size)
     return [
         f"data: {len(source.items)} pictures, {len(source.class_names)} classes",
         f"latents: {count} of {list(shape)} in {shards} shards",
-        f"disk: about {size(stored)} in {config.out}",
+        f"disk: about {size(bytes_of(config, facts, len(source.items)))} in {config.out}",
     ]
 
 

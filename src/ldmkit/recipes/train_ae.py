@@ -40,12 +40,13 @@ from ldmkit.data.sources import open_source
 from ldmkit.data.survey import usable_items
 from ldmkit.errors import CollapseError, InterruptedRun
 from ldmkit.metrics.reconstruction import psnr
+from ldmkit.ownership import owned
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
 from ldmkit.training.checkpoint import TrainingState
-from ldmkit.training.interruption import Interruption
 from ldmkit.training.optimization import learning_rate, set_learning_rate
-from ldmkit.training.run import as_begun, due, finished, open_run, require_same_run
+from ldmkit.training.optimizers import parameters_of
+from ldmkit.training.run import as_begun, due, finished, interruption, open_run, require_same_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import noise_from, pick_device
 from ldmkit.training.setback import Setback, read_setback, write_setback
@@ -72,8 +73,15 @@ def train_ae(config: TrainAEConfig) -> Path:
         CollapseError: adversarial training broke down, and again after it was set back.
     """
     result = config.out / "autoencoder.safetensors"
-    config = as_begun(config)
-    if finished(config, result):
+    if finished(as_begun(config), result):
+        return result
+    with owned(config.out):
+        return _trained(as_begun(config), result)
+
+
+def _trained(config: TrainAEConfig, result: Path) -> Path:
+    """The run in a directory that no other process writes to."""
+    if finished(config, result):  # by who had the directory before
         return result
     if config.autoencoder.bottleneck == "identity":
         open_run(config)
@@ -104,6 +112,7 @@ def train_ae(config: TrainAEConfig) -> Path:
     optimizers = {"generator": learners.optimizer, "discriminator": learners.disc_optimizer}
     counts_from = config.disc_start + config.disc.warmup
     state = TrainingState(config.out, learners.modules, optimizers, lasting=counts_from)
+    state.require_room(2 * sum(p.nbytes for p in parameters_of(optimizers.values())))  # Adam's
     while True:
         setback = read_setback(config.out)
         start = state.load_latest(device)
@@ -167,12 +176,13 @@ def train(
     )
     means: dict[str, float] = {}
     with (
-        Interruption() as stop,
+        interruption(config) as stop,
         track("train-ae", config.steps, done=start, unit="step") as progress,
     ):
         for step in range(start, config.steps + 1):
+            stop.look()
             entering = step == counts_from  # a state to fall back to
-            saving = stop.requested or entering or due(step, config.save_every, config.steps)
+            saving = stop.saving or entering or due(step, config.save_every, config.steps)
             logging = saving or due(step, config.log_every, config.steps)
             if step > counts_from and (logging or step % CHECK_EVERY == 0):
                 learners.watch.raise_if_collapsed(step)
@@ -185,11 +195,13 @@ def train(
             if saving:
                 log.flush()
                 state.save(step)
+                stop.saved()
             if step == config.steps:
                 break
-            if stop.requested:
+            if stop.stopping:
                 raise InterruptedRun(f"stopped and saved before step {step}; run again to go on")
 
+            stop.expect_a_step()
             torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
             rate = learning_rate(config.lr, step, config)
             set_learning_rate(learners.optimizer, rate)

@@ -39,14 +39,15 @@ from ldmkit.facts import DiffusionFacts
 from ldmkit.held_back import VALIDATED, VALUES, HeldBack, as_sentence, held_back_latents, validate
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
+from ldmkit.ownership import owned
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.guard import PATIENCE, NonFiniteGuard
-from ldmkit.training.interruption import Interruption
 from ldmkit.training.optimization import learning_rate, lr_decay
+from ldmkit.training.optimizers import moment_bytes
 from ldmkit.training.recomputation import compilation_explained
-from ldmkit.training.run import as_begun, due, finished, open_run
+from ldmkit.training.run import as_begun, due, finished, interruption, open_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import noise_from, pick_device
 from ldmkit.training.snapshots import (
@@ -89,8 +90,15 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
         NonFiniteError: too many updates in a row had to be left out; the state is saved.
     """
     result = config.out / "diffusion.safetensors"
-    config = as_begun(config)
-    if finished(config, result):
+    if finished(as_begun(config), result):
+        return result
+    with owned(config.out):
+        return _trained(as_begun(config), result, stream)
+
+
+def _trained(config: TrainDiffusionConfig, result: Path, stream: BufferedIOBase | None) -> Path:
+    """The run in a directory that no other process writes to."""
+    if finished(config, result):  # by who had the directory before
         return result
     device = pick_device(config.device)
     latents_at = latents_of(config, stream)
@@ -167,18 +175,20 @@ def train(
     modules = {"model": model, "average": average, "guard": guard, **tracked, **balance}
     state = TrainingState(config.out, modules, optimizers)
     start = state.load_latest(model.latent_mean.device)
+    state.require_room(moment_bytes(model, config))
     drop_snapshots_after(config.out, start)
     log = RunLog(config.out, start, tensorboard=config.tensorboard)
     means: dict[str, float] = {}
     quality: dict[str, float] = {}
     rate = 0.0
     with (
-        Interruption() as stop,
+        interruption(config) as stop,
         track("train-diffusion", config.steps, done=start, unit="step") as progress,
     ):
         for step in range(start, config.steps + 1):
+            stop.look()
             last = step == config.steps
-            saving = stop.requested or due(step, config.save_every, config.steps)
+            saving = stop.saving or due(step, config.save_every, config.steps)
             logging = saving or due(step, config.log_every, config.steps)
             looking = logging or guard.look_is_due(step)
             trouble = look_at(guard, data.latents) if looking else None
@@ -201,13 +211,15 @@ def train(
                 data.latents.wait_until_verified()  # nothing learnt from damaged latents is kept
                 log.flush()
                 state.save(step)
+                stop.saved()
             if trouble:
                 raise trouble
             if last:
                 break
-            if stop.requested:
+            if stop.stopping:
                 raise InterruptedRun(f"stopped and saved before step {step}; run again to go on")
 
+            stop.expect_a_step()
             torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
             indices = samples_of_step(
                 step, data.buckets, batch_size=config.samples_per_step, seed=config.seed

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldmkit.durable import atomic_directory, sweep_temporaries
+from ldmkit.durable import atomic_directory, require_room, sweep_temporaries
 from ldmkit.errors import DataError, NonFiniteError
 from ldmkit.modelfile import load, require_tensors, save
 from ldmkit.terminal import say
@@ -45,6 +45,25 @@ class TrainingState:
         self.directory = run / "checkpoints"
         self.modules, self.optimizers, self.lasting = modules, optimizers, lasting
         self.saved_step: int | None = None
+
+    def require_room(self, moments: int) -> None:
+        """Refuse a run whose checkpoints the disk has no room for.
+
+        Args:
+            moments: bytes of what the optimizers will remember.
+
+        Raises:
+            StorageError: there is less room than for the checkpoints that are yet to come.
+        """
+        weights = sum(
+            value.nbytes
+            for module in self.modules.values()
+            for value in module.state_dict().values()
+        )
+        to_come = max(KEEP + 1 - len(saved_checkpoints(self.directory)), 1)
+        require_room(
+            self.directory.parent, to_come * (weights + moments), "the checkpoints to come"
+        )
 
     def save(self, step: int) -> None:
         """Commit the state before `step`, then drop all but the newest checkpoints.

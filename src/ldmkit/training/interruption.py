@@ -1,25 +1,47 @@
-"""Stopping a run from outside without losing it."""
+"""Stopping a run, or saving it, from outside without losing it."""
 
+import faulthandler
 import signal
+import sys
 import threading
+import time
+from pathlib import Path
 from types import FrameType
 
-from ldmkit.terminal import say
+from ldmkit.terminal import BEGAN, say
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM) + (
     (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 )
+MARGIN = 2.0
+"""Of the longest step so far: what has to be left of the time limit when a step begins."""
+SAVE_NOW = "SAVE_NOW"
+LOOK_SECONDS = 1.0
+"""Between looks for SAVE_NOW, which may lie on a slow disk."""
 
 
 class Interruption:
-    """While this context is open, SIGINT, SIGTERM and SIGUSR1 ask the loop to save and stop.
+    """While this context is open, the loop learns once a step whether to save, or to save and stop.
 
-    The loop looks at `requested` once a step. A second Ctrl-C leaves at once.
+    SIGINT, SIGTERM, SIGUSR1 and the time limit ask to stop; a second Ctrl-C leaves at once. A file
+    SAVE_NOW in the run directory asks for a checkpoint.
+
+    Args:
+        run: the run directory.
+        time_limit: seconds since the command began after which it must have ended.
+        stall_timeout: seconds after which a single step counts as stuck.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(
+        self, run: Path, *, time_limit: float | None = None, stall_timeout: float | None = None
+    ) -> None:
+        self.file, self.time_limit, self.stall_timeout = run / SAVE_NOW, time_limit, stall_timeout
+        self.stopping = self.saving = False
         self._former: dict[int, object] = {}
+        self._signalled = False
+        self._looked: float | None = None
+        self._looked_for_file = -LOOK_SECONDS
+        self._longest = 0.0
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # signals reach only this one
@@ -28,11 +50,45 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
         for number, handler in self._former.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
+    def look(self) -> None:
+        """Called once before each step: settles `stopping` and `saving` until the next call."""
+        faulthandler.cancel_dump_traceback_later()
+        now = time.monotonic()
+        if self._looked is not None:
+            self._longest = max(self._longest, now - self._looked)
+        self._looked = now
+        limit = self.time_limit
+        if not self._signalled and limit is not None:
+            self._signalled = now - BEGAN + MARGIN * self._longest >= limit
+            if self._signalled:
+                say(f"stopping: --time-limit is {limit:g} s, and {now - BEGAN:.0f} s are gone")
+        self.stopping = self._signalled
+        self.saving = self.stopping or self._asked_to_save(now)
+
+    def expect_a_step(self) -> None:
+        """From now to the next look, being stuck ends the process and prints where every thread is."""
+        if self.stall_timeout is not None and sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(
+                self.stall_timeout, exit=True, file=sys.__stderr__.fileno()
+            )
+
+    def saved(self) -> None:
+        """A checkpoint is on disk: the file that asked for it goes."""
+        if self.saving:
+            self.file.unlink(missing_ok=True)
+
+    def _asked_to_save(self, now: float) -> bool:
+        if now - self._looked_for_file < LOOK_SECONDS:
+            return False
+        self._looked_for_file = now
+        return self.file.exists()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._signalled = True
         say("stopping after this step (again Ctrl-C: at once, without saving)")

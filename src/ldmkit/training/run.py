@@ -10,7 +10,9 @@ from ldmkit.configs import TrainingConfig
 from ldmkit.container import read_header
 from ldmkit.durable import sweep_temporaries, write_text
 from ldmkit.errors import UsageError
+from ldmkit.fields import seconds
 from ldmkit.terminal import say
+from ldmkit.training.interruption import Interruption
 
 CONFIG_FILE = "config.toml"
 AUTO = "auto"
@@ -89,3 +91,9 @@ def finished(config: TrainingConfig, result: Path) -> bool:
     if steps == config.steps:
         say(f"{result} is complete ({steps} steps)")
     return steps == config.steps
+
+
+def interruption(config: TrainingConfig) -> Interruption:
+    """What may end or save this run from outside."""
+    limit = None if config.time_limit is None else seconds(config.time_limit)
+    return Interruption(config.out, time_limit=limit, stall_timeout=seconds(config.stall_timeout))
