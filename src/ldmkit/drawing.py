@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Shaped
@@ -223,10 +223,13 @@ def _settled(
 
 def _between(first: Settled, last: Settled, share: Tensor) -> Settled:
     """Conditions, or both of a pair, some way from the first to the last."""
-    if isinstance(first, Condition) and isinstance(last, Condition):
-        return mixed(first, last, share)
-    pairs = zip(first, last, strict=True)
-    return type(first)(*(mixed(one, other, share) for one, other in pairs))
+    if isinstance(first, Branches) and isinstance(last, Branches):
+        alone = mixed(first.alone, last.alone, share)
+        return Branches(alone, mixed(first.together, last.together, share))
+    if isinstance(first, BothConditions) and isinstance(last, BothConditions):
+        good = mixed(first.good, last.good, share)
+        return BothConditions(good, mixed(first.weak, last.weak, share))
+    return mixed(cast("Condition", first), cast("Condition", last), share)
 
 
 def _guided(

@@ -33,7 +33,7 @@ Numbers = Sequence[int]
 class Source(NamedTuple):
     """Latents of a file or directory, or noise."""
 
-    count: int
+    total: int
     latents: Callable[[Numbers], Latents]
     """Raw, or unit noise."""
     name: Callable[[int], str]
@@ -87,16 +87,16 @@ def origins_of(
     else:
         option = "--from" if config.from_ else "--inpaint"
         source = open_latents(path, facts, option, config.holdout)
-    require_same_count(config.like, source.count, config.holdout, path)
+    require_same_count(config.like, source.total, config.holdout, path)
     lines = config.num or config.prompts or config.conditions
-    asked = ask(config if lines else config.model_copy(update={"num": source.count}))
+    asked = ask(config if lines else config.model_copy(update={"num": source.total}))
     asked = _with_names(asked, source)
     known = {"source": source.facts}
     if config.inpaint is not None:
         return _inpainting(config, source, asked, known)
 
     def origin(numbers: Numbers) -> Origin:
-        found = source.latents([number % source.count for number in numbers])
+        found = source.latents([number % source.total for number in numbers])
         return Origin(noise=found) if config.noise else Origin(latents=found)
 
     strength = {} if config.noise else {"strength": config.share}
@@ -184,9 +184,9 @@ def _seeded(config: SampleConfig, numbers: Numbers) -> Noise:
 
 def _with_names(asked: Asked, source: Source) -> Asked:
     """What is told, and the source of each sample beside it."""
-    names = [source.name(number) for number in range(min(source.count, len(asked.said)))]
+    names = [source.name(number) for number in range(min(source.total, len(asked.said)))]
     said = [
-        told if (name := names[number % source.count]) in told.values() else told | {"from": name}
+        told if (name := names[number % source.total]) in told.values() else told | {"from": name}
         for number, told in enumerate(asked.said)
     ]
     return asked._replace(said=said)
@@ -203,7 +203,7 @@ def _inpainting(
         )
 
     def turns(numbers: Numbers) -> list[int]:
-        return [rows[number % source.count] for number in numbers]
+        return [rows[number % source.total] for number in numbers]
 
     def origin(numbers: Numbers) -> Origin:
         found = latents.read(turns(numbers)).mean.float()

@@ -37,10 +37,10 @@ def invert(config: InvertConfig) -> Path:
     model = load_diffusion(config.model, device)
     source = open_latents(config.latents, facts, "LATENTS")
     itself = config.latents if source.directory and not (config.label or config.prompt) else None
-    require_same_count(config.like, source.count, 0.0, config.latents)
+    require_same_count(config.like, source.total, 0.0, config.latents)
     as_sampled = SampleConfig(
         model=config.model,
-        num=source.count,
+        num=source.total,
         label=config.label,
         prompt=config.prompt,
         like=config.like or itself,
@@ -51,8 +51,8 @@ def invert(config: InvertConfig) -> Path:
     manner = manner_of(as_sampled, model)
     asked = asked_of(as_sampled, model.config, facts.latent_shape, None)
     found: list[Latents] = []
-    with track("invert", source.count, unit="sample") as progress:
-        for group, kept in groups_of(source.count, config.batch_size, device):
+    with track("invert", source.total, unit="sample") as progress:
+        for group, kept in groups_of(source.total, config.batch_size, device):
             numbers = group.tolist()
             values, latents = asked.values(numbers), source.latents(numbers)
             found.append(noise_behind(model, values, latents, manner)[:kept].cpu())
@@ -70,7 +70,7 @@ def invert(config: InvertConfig) -> Path:
         },
         versions=versions(),
     )
-    keys = text_columns("key", [source.name(number) for number in range(source.count)])
+    keys = text_columns("key", [source.name(number) for number in range(source.total)])
     save(
         config.out,
         {"noise": torch.cat(found), **keys},
