@@ -1,7 +1,8 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
 Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
-`ema`, `sample`, `decode`, `evaluate`, `inspect`, `report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
+`ema`, `sample`, `invert`, `decode`, `evaluate`, `inspect`,
+`report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
 `load_autoencoder` and `load_diffusion` give modules. All of it is imported on first use, so that
 `import ldmkit` costs nothing.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ldmkit.evaluation_configs import EvaluateConfig
     from ldmkit.generation_configs import SampleConfig
     from ldmkit.interchange_configs import ExportConfig, ImportConfig
+    from ldmkit.inversion_configs import InvertConfig
     from ldmkit.recipes.check import check
     from ldmkit.recipes.decode import decode
     from ldmkit.recipes.ema import ema
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from ldmkit.recipes.export import export
     from ldmkit.recipes.import_ import import_
     from ldmkit.recipes.inspect import inspect
+    from ldmkit.recipes.invert import invert
     from ldmkit.recipes.presets import presets
     from ldmkit.recipes.report import report
     from ldmkit.recipes.sample import sample
@@ -53,6 +56,7 @@ __all__ = [
     "ExportConfig",
     "ImportConfig",
     "InspectConfig",
+    "InvertConfig",
     "PresetsConfig",
     "ReportConfig",
     "SampleConfig",
@@ -69,6 +73,7 @@ __all__ = [
     "export",
     "import_",
     "inspect",
+    "invert",
     "load_autoencoder",
     "load_diffusion",
     "presets",
@@ -84,6 +89,7 @@ CONFIG_HOMES = {
     "ReportConfig": "ldmkit.report_configs",
     "DecodeConfig": "ldmkit.decode_configs",
     "EvaluateConfig": "ldmkit.evaluation_configs",
+    "InvertConfig": "ldmkit.inversion_configs",
     "SampleConfig": "ldmkit.generation_configs",
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),

@@ -27,6 +27,7 @@ from ldmkit import (
     evaluation_configs,
     generation_configs,
     interchange_configs,
+    inversion_configs,
     report_configs,
     terminal,
 )
@@ -51,6 +52,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "train-diffusion": configs.TrainDiffusionConfig,
     "ema": configs.EMAConfig,
     "sample": generation_configs.SampleConfig,
+    "invert": inversion_configs.InvertConfig,
     "decode": decode_configs.DecodeConfig,
     "evaluate": evaluation_configs.EvaluateConfig,
     "inspect": configs.InspectConfig,

@@ -32,6 +32,7 @@ FORMAT_VERSIONS = {
     "latents": 1,
     "manifest": 1,
     "samples": 1,
+    "noise": 1,
     "checkpoint": 1,
     "averages": 1,
     "reference": 1,

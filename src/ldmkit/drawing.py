@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ldmkit.condition_configs import ConditionConfig
-from ldmkit.conditioning.condition import Condition, stacked
+from ldmkit.conditioning.condition import Condition, mixed, stacked
 from ldmkit.conditioning.kind import Values
 from ldmkit.conditioning.self_conditioning import DenoiseUnder, remembering
 from ldmkit.data.order import generator_for
@@ -26,6 +26,7 @@ from ldmkit.diffusion.guidance import (
     classifier_free,
     growing,
 )
+from ldmkit.diffusion.known_region import KnownRegion, keeping, surrounded
 from ldmkit.diffusion.samplers import SAMPLERS, DenoiseAt, Levels, run_sampler
 from ldmkit.diffusion.schedule import Schedule
 from ldmkit.generation_configs import GridName, SamplerName
@@ -63,6 +64,28 @@ class Manner(NamedTuple):
     """auto: the schedule's own."""
     settings: Mapping[str, Any] = MappingProxyType({})
     """Parameters of the sampler that differ from their defaults."""
+    share: float = 1.0
+    """Of the noise levels that is walked, the less noisy ones; 0 < share <= 1."""
+
+
+class Destination(NamedTuple):
+    """What samples are told in part."""
+
+    values: Values
+    share: Float[Tensor, " batch"]
+    """How far each lies from its own values towards these, 0 to 1."""
+
+
+class Origin(NamedTuple):
+    """What samples begin with and lie between, beside their seeds; None: nothing of the kind."""
+
+    noise: Latents | None = None
+    """Unit noise instead of the seeds' first."""
+    latents: Latents | None = None
+    """Raw; noised to the first level instead of beginning with noise alone."""
+    known: KnownRegion | None = None
+    """Raw; stays as it is outside of its hole."""
+    towards: Destination | None = None
 
 
 @torch.no_grad()
@@ -72,6 +95,7 @@ def draw_latents(
     shape: Sequence[int],
     noise: Noise,
     manner: Manner,
+    origin: Origin = Origin(),  # noqa: B008 - an immutable tuple
 ) -> Latents:
     """Raw latents `[n, z, h, w]` on the model's device.
 
@@ -81,17 +105,19 @@ def draw_latents(
         shape: n, z, h, w.
         noise: source of unit noise, of which the start is drawn first.
         manner: sampler, grid and guidance.
+        origin: what the samples begin with beside noise.
 
     Raises:
         ValueError: the schedule has no such grid, or the sampler no such settings.
     """
     sigmas = levels_of(model.schedule, manner)
-    denoise = denoise_at(model, values, manner.guide, sigmas)
-    start = noise(torch.empty(*shape, device=model.latent_mean.device))
+    denoise = denoise_at(model, values, manner.guide, sigmas, origin.towards)
+    unit = noise(torch.empty(*shape, device=model.latent_mean.device))
+    denoise, start = _begun(model, origin, denoise, unit, float(sigmas[0]))
     clean = run_sampler(
         manner.sampler,
         denoise,
-        model.schedule.initial(start, float(sigmas[0])),
+        start,
         sigmas,
         calls=manner.steps,
         noise=noise,
@@ -103,13 +129,16 @@ def draw_latents(
 def levels_of(schedule: Schedule, manner: Manner) -> Levels:
     """The noise levels that the sampler visits.
 
+    Where only a share is walked, they are the last ones of a grid that has as many more steps as the
+    whole is larger (SDEdit, Meng et al. 2022; `strength` in diffusers), so that the calls stay as asked.
+
     Raises:
         ValueError: the schedule has not so many, or no such grid.
     """
     steps = SAMPLERS[manner.sampler].grid_steps(manner.steps)
-    if manner.grid == "auto":
-        return schedule.steps(steps)
-    return GRIDS[manner.grid](schedule, steps)
+    whole = round(steps / manner.share)
+    found = schedule.steps(whole) if manner.grid == "auto" else GRIDS[manner.grid](schedule, whole)
+    return found[whole - steps :]
 
 
 def guide_together(conditions: Sequence[ConditionConfig], weight: float) -> Guide | None:
@@ -126,7 +155,11 @@ def guide_together(conditions: Sequence[ConditionConfig], weight: float) -> Guid
 
 
 def denoise_at(
-    model: LatentDiffusion, values: Values, guide: Guide | None, sigmas: Levels
+    model: LatentDiffusion,
+    values: Values,
+    guide: Guide | None,
+    sigmas: Levels,
+    towards: Destination | None = None,
 ) -> DenoiseAt:
     """The model with everything settled but latents and noise level.
 
@@ -135,12 +168,12 @@ def denoise_at(
         values: what the samples are told.
         guide: what guides it.
         sigmas: the sampler's noise levels, over which weights may grow.
+        towards: what else they are told, in part.
     """
-    told = model.received(values)
-    denoise: Denoise = _seeing(model)
-    condition: Settled = model.condition(told)
-    if guide is not None:
-        denoise, condition = _guided(model, told, guide, sigmas)
+    denoise, condition = _settled(model, values, guide, sigmas)
+    if towards is not None:
+        _, other = _settled(model, towards.values, guide, sigmas)
+        condition = _between(condition, other, towards.share)
     models = (model, *((guide.weaker,) if guide and guide.weaker else ()))
     if not any(one.config.unet.self_conditioning for one in models):
         return lambda x, sigma: denoise(x, sigma, condition)
@@ -161,6 +194,42 @@ def seeded_noise(seeds: Sequence[int]) -> Noise:
         return torch.stack(rows).to(like.device)
 
     return noise
+
+
+def _begun(
+    model: LatentDiffusion, origin: Origin, denoise: DenoiseAt, unit: Latents, sigma: float
+) -> tuple[DenoiseAt, Latents]:
+    """What to denoise with, and where sampling starts."""
+    unit = unit if origin.noise is None else origin.noise.to(unit)
+    start = model.schedule.initial(unit, sigma)
+    if origin.latents is not None:
+        start = model.whiten(origin.latents.to(unit)) + sigma * unit
+    if origin.known is None:
+        return denoise, start
+    latents, hole = origin.known
+    known = KnownRegion(model.whiten(latents.to(unit)), hole.to(unit.device))
+    return keeping(denoise, known), surrounded(start, known, unit, sigma)
+
+
+def _settled(
+    model: LatentDiffusion, values: Values, guide: Guide | None, sigmas: Levels
+) -> tuple[Denoise, Settled]:
+    """A `Denoise`, and the condition to give to it."""
+    told = model.received(values)
+    if guide is not None:
+        return _guided(model, told, guide, sigmas)
+    return _seeing(model), model.condition(told)
+
+
+def _between(first: Settled, last: Settled, share: Tensor) -> Settled:
+    """Conditions, or both of a pair, some way from the first to the last."""
+    if isinstance(first, Branches) and isinstance(last, Branches):
+        alone = mixed(first.alone, last.alone, share)
+        return Branches(alone, mixed(first.together, last.together, share))
+    if isinstance(first, BothConditions) and isinstance(last, BothConditions):
+        good = mixed(first.good, last.good, share)
+        return BothConditions(good, mixed(first.weak, last.weak, share))
+    return mixed(cast("Condition", first), cast("Condition", last), share)
 
 
 def _guided(

@@ -88,6 +88,21 @@ class SampleFacts(Config):
     versions: dict[str, str]
 
 
+class NoiseFacts(Config):
+    """Facts of a noise file."""
+
+    fingerprint: str
+    autoencoder: str
+    """Fingerprint of the autoencoder whose latents the noise leads to."""
+    diffusion: str
+    """Fingerprint of the model that it was found with."""
+    level: float
+    """Noise level that it stands for, standard deviations of whitened latents."""
+    manner: Facts
+    """How it was found: steps, guidance ..."""
+    versions: dict[str, str]
+
+
 class ShardFacts(Config):
     """Facts of one shard of a latent set."""
 

@@ -16,6 +16,7 @@ from ldmkit.fields import (
     argument,
     field,
 )
+from ldmkit.origin_configs import OriginConfig
 
 SamplerName = Literal[
     "ddpm",
@@ -76,7 +77,7 @@ class SamplerOptions(Config):
     )
 
 
-class SampleConfig(Config):
+class SampleConfig(OriginConfig):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
 
     model: Path = argument("Diffusion model file")
@@ -86,7 +87,7 @@ class SampleConfig(Config):
     num: Positive | None = field(
         None,
         "How many samples; what they are told takes turns (default: 16, or one for each line of --prompts"
-        " and --conditions)",
+        " and --conditions, or for each latent that they begin with)",
     )
     label: tuple[str, ...] = field(
         (), "Class by name or index, or `none`; repeat for several, which take turns (default: all)"

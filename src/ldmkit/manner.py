@@ -39,13 +39,19 @@ def manner_of(config: SampleConfig, model: LatentDiffusion) -> Manner:
         DataError: the weaker model cannot be used beside the model.
     """
     manner = Manner(
-        config.steps, _guide(config, model), config.sampler, config.grid, _settings(config)
+        config.steps,
+        _guide(config, model),
+        config.sampler,
+        config.grid,
+        _settings(config),
+        config.share,
     )
     try:
         sigmas = levels_of(model.schedule, manner)
     except ValueError as error:
         grid = "" if config.grid == "auto" else f", --grid {config.grid}"
-        raise UsageError(f"--steps {config.steps}{grid}: {error}") from error
+        part = "" if config.share == 1.0 else f", --strength {config.share:g}"
+        raise UsageError(f"--steps {config.steps}{grid}{part}: {error}") from error
     try:  # with one number for latents, so that the sampler's own checks come before any work
         run_sampler(
             config.sampler,

@@ -33,8 +33,8 @@ class Leaf(NamedTuple):
 
     @property
     def option(self) -> str:
-        """As typed: `--unet.attention-factors`."""
-        return "--" + ".".join(self.path).replace("_", "-")
+        """As typed: `--unet.attention-factors`; `from_` of Python is `--from`."""
+        return "--" + ".".join(part.rstrip("_") for part in self.path).replace("_", "-")
 
 
 def command_function(

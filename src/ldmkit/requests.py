@@ -116,6 +116,21 @@ def text_values(model: DiffusionConfig, text: str, where: str) -> Tensor:
     return _row(conditions["text"], request, (0, 0))  # no size matters to a text
 
 
+def rows_of_set(latents: LatentSet, holdout: float) -> np.ndarray:
+    """The samples of a set that take turns, int64: all, or those that training with this holdout left out.
+
+    Raises:
+        DataError: it left out none.
+    """
+    indices = np.arange(len(latents))
+    if not holdout:
+        return indices
+    indices = np.setdiff1d(indices, latents.training_indices(holdout))
+    if not len(indices):
+        raise DataError(f"--holdout {holdout:g} keeps none of the latents back")
+    return indices
+
+
 def _requests(
     config: SampleConfig, model: DiffusionConfig, source: BufferedIOBase | None
 ) -> list[Request]:
@@ -288,11 +303,7 @@ def _as_the_set(
         other = next(found for found in latents.shapes if found != shape)
         raise DataError(f"{directory} has latents of {other}; the model was trained on {shape}")
     readers = readers_of(model.conditions, ConditioningConfig().options_of, latents)
-    indices = np.arange(len(latents))
-    if config.holdout:
-        indices = np.setdiff1d(indices, latents.training_indices(config.holdout))
-        if not len(indices):
-            raise DataError(f"--holdout {config.holdout:g} keeps none of the latents back")
+    indices = rows_of_set(latents, config.holdout)
     turns = indices[np.arange(config.num or USUAL) % len(indices)]
 
     def values(numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -40,3 +40,21 @@ def stacked(first: Condition, second: Condition) -> Condition:
         return None if one is None or other is None else torch.cat([one, other])
 
     return Condition(*(join(*pair) for pair in zip(first, second, strict=True)))
+
+
+def mixed(first: Condition, last: Condition, share: Float[Tensor, " batch"]) -> Condition:
+    """Conditions on the straight line between two batches of them.
+
+    Args:
+        first: at share 0, exactly.
+        last: at share 1, exactly.
+        share: of each sample, 0 to 1; repeated where a batch holds every sample several times.
+    """
+
+    def line(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        if one is None or other is None:
+            return None
+        weight = share.to(one).repeat(len(one) // len(share))
+        return torch.lerp(one, other, weight.view([-1] + [1] * (one.ndim - 1)))
+
+    return Condition(*(line(*pair) for pair in zip(first, last, strict=True)))

@@ -9,13 +9,14 @@ import torch
 from ldmkit.assembly import diffusion_facts, load_diffusion
 from ldmkit.configs import STREAM
 from ldmkit.data.latents import text_columns
-from ldmkit.drawing import draw_latents, seeded_noise
+from ldmkit.drawing import draw_latents
 from ldmkit.errors import UsageError
 from ldmkit.facts import DiffusionFacts, SampleFacts
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.manner import manner_of
 from ldmkit.modelfile import save, versions, write_message
-from ldmkit.requests import Asked, as_lines, asked_of
+from ldmkit.origins import Origins, origins_of
+from ldmkit.requests import as_lines, asked_of
 from ldmkit.tensors import Labels, Latents
 from ldmkit.terminal import track
 from ldmkit.training.runtime import groups_of, pick_device
@@ -52,7 +53,14 @@ def sample(
     device = pick_device(config.device)
     model = load_diffusion(config.model, device)
     manner = manner_of(config, model)
-    asked = asked_of(config, model.config, facts.latent_shape, source)
+    origins = origins_of(
+        config,
+        model,
+        facts,
+        manner,
+        lambda asking: asked_of(asking, model.config, facts.latent_shape, source),
+    )
+    asked = origins.asked
 
     total = len(asked.said)
     seeds = torch.arange(total, dtype=torch.int64) + config.seed
@@ -63,41 +71,42 @@ def sample(
             parts: list[Latents] = []
             for group, kept in groups_of(len(seeds[rows]), config.batch_size, device):
                 numbers = (first + group).tolist()
-                noise = seeded_noise(seeds[numbers].tolist())
+                noise, origin = origins.noise(numbers), origins.origin(numbers)
                 shape = (len(numbers), *facts.latent_shape)
-                part = draw_latents(model, asked.values(numbers), shape, noise, manner)
+                values = asked.values(numbers)
+                part = draw_latents(model, values, shape, noise, manner, origin)
                 parts.append(part[:kept].cpu())
                 progress.advance(kept)
             latents = torch.cat(parts)
             if stream is not None:
-                block = _block(latents, seeds[rows], asked, config, facts, (total, first))
+                block = _block(latents, seeds[rows], origins, config, facts, (total, first))
                 write_message(stream, **block)
             else:
                 drawn.append(latents)
     if stream is not None:
         return None
-    save(config.out, **_block(torch.cat(drawn), seeds, asked, config, facts, (total, 0)))
+    save(config.out, **_block(torch.cat(drawn), seeds, origins, config, facts, (total, 0)))
     return config.out
 
 
 def _block(
     latents: Latents,
     seeds: Labels,
-    asked: Asked,
+    origins: Origins,
     config: SampleConfig,
     facts: DiffusionFacts,
     place: tuple[int, int],
 ) -> dict[str, Any]:
     """Some samples as a file or message; `place`: of how many, and the number of the first."""
     numbers = range(place[1], place[1] + len(latents))
-    told = as_lines([asked.said[number] for number in numbers])
+    told = as_lines([origins.asked.said[number] for number in numbers])
     block_facts = SampleFacts(
         fingerprint="",
         autoencoder=facts.autoencoder,
         diffusion=facts.fingerprint,
         total=place[0],
         first=place[1],
-        manner=_manner_facts(config),
+        manner=_manner_facts(config) | origins.facts,
         versions=versions(),
     )
     return {
@@ -105,7 +114,7 @@ def _block(
             "latents": latents,
             "seed": seeds,
             **text_columns("told", told),
-            **asked.kept(numbers),
+            **origins.asked.kept(numbers),
         },
         "kind": "samples",
         "config": {},
