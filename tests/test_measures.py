@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +31,15 @@ from ldmkit.metrics.curves import Axes, Curve, line_plot, standing_alone
 from ldmkit.metrics.spread import RunningSpread
 
 LOW, HIGH = 0.03, 1e4
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "sample": ("--steps", 1, "--num", 24),
+    "spread": ("--every", 4),
+    "anomaly": ("--steps", 1, "--draws", 1, "--num", 2),
+    "likelihood": ("--steps", 1, "--num", 2, "--holdout", 0.5),
+    "rate-distortion": ("--levels", 3, "--num", 2, "--holdout", 0.5),
+}
+"""So that the commands of the page take a moment."""
 
 
 def signs(*shape):
@@ -439,3 +451,24 @@ def test_anomaly_says_what_does_not_fit(run, pipeline, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == f"{tmp_path / 'out'}\n"
     assert len(list((tmp_path / "out").glob("*.map.png"))) == 2
+
+
+def test_the_commands_of_the_page_run(run, pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "ae.safetensors": pipeline.ae,
+        "ldm.safetensors": pipeline.ldm,
+        "latents": pipeline.latents,
+    }
+    for name, file in files.items():
+        (tmp_path / name).symlink_to(file)
+    page = (ROOT / "docs/measures.md").read_text()
+    lines = re.findall(r"^ldmkit .*$", page, re.MULTILINE)
+    assert len(lines) == 6
+    for line in lines:
+        data = b""
+        for command in line.split(" | "):
+            _, name, *arguments = shlex.split(command)
+            done = run(name, *arguments, *SMALL.get(name, ()), stdin=data)
+            assert done.returncode == 0, (line, done.stderr.decode())
+            data = done.stdout
