@@ -1,8 +1,6 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
-Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
-`ema`, `sample`, `invert`, `decode`, `evaluate`, `inspect`,
-`report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
+Every command is one typed function of its name here (`train_ae` for `train-ae`), which takes its config.
 `load_autoencoder` and `load_diffusion` give modules. All of it is imported on first use, so that
 `import ldmkit` costs nothing.
 """
@@ -28,6 +26,13 @@ if TYPE_CHECKING:
     from ldmkit.generation_configs import SampleConfig
     from ldmkit.interchange_configs import ExportConfig, ImportConfig
     from ldmkit.inversion_configs import InvertConfig
+    from ldmkit.measures_configs import (
+        AnomalyConfig,
+        LikelihoodConfig,
+        RateDistortionConfig,
+        SpreadConfig,
+    )
+    from ldmkit.recipes.anomaly import anomaly
     from ldmkit.recipes.check import check
     from ldmkit.recipes.decode import decode
     from ldmkit.recipes.ema import ema
@@ -38,15 +43,19 @@ if TYPE_CHECKING:
     from ldmkit.recipes.import_ import import_
     from ldmkit.recipes.inspect import inspect
     from ldmkit.recipes.invert import invert
+    from ldmkit.recipes.likelihood import likelihood
     from ldmkit.recipes.presets import presets
+    from ldmkit.recipes.rate_distortion import rate_distortion
     from ldmkit.recipes.report import report
     from ldmkit.recipes.sample import sample
     from ldmkit.recipes.split import split
+    from ldmkit.recipes.spread import spread
     from ldmkit.recipes.train_ae import train_ae
     from ldmkit.recipes.train_diffusion import train_diffusion
     from ldmkit.report_configs import ReportConfig
 
 __all__ = [
+    "AnomalyConfig",
     "CheckConfig",
     "DecodeConfig",
     "EMAConfig",
@@ -57,13 +66,17 @@ __all__ = [
     "ImportConfig",
     "InspectConfig",
     "InvertConfig",
+    "LikelihoodConfig",
     "PresetsConfig",
+    "RateDistortionConfig",
     "ReportConfig",
     "SampleConfig",
     "SplitConfig",
+    "SpreadConfig",
     "TrainAEConfig",
     "TrainDiffusionConfig",
     "__version__",
+    "anomaly",
     "check",
     "decode",
     "ema",
@@ -74,12 +87,15 @@ __all__ = [
     "import_",
     "inspect",
     "invert",
+    "likelihood",
     "load_autoencoder",
     "load_diffusion",
     "presets",
+    "rate_distortion",
     "report",
     "sample",
     "split",
+    "spread",
     "train_ae",
     "train_diffusion",
 ]
@@ -93,6 +109,10 @@ CONFIG_HOMES = {
     "SampleConfig": "ldmkit.generation_configs",
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),
+    **dict.fromkeys(
+        ("AnomalyConfig", "LikelihoodConfig", "RateDistortionConfig", "SpreadConfig"),
+        "ldmkit.measures_configs",
+    ),
 }
 
 

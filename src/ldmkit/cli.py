@@ -28,6 +28,7 @@ from ldmkit import (
     generation_configs,
     interchange_configs,
     inversion_configs,
+    measures_configs,
     report_configs,
     terminal,
 )
@@ -54,7 +55,11 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "sample": generation_configs.SampleConfig,
     "invert": inversion_configs.InvertConfig,
     "decode": decode_configs.DecodeConfig,
+    "spread": measures_configs.SpreadConfig,
+    "anomaly": measures_configs.AnomalyConfig,
     "evaluate": evaluation_configs.EvaluateConfig,
+    "likelihood": measures_configs.LikelihoodConfig,
+    "rate-distortion": measures_configs.RateDistortionConfig,
     "inspect": configs.InspectConfig,
     "report": report_configs.ReportConfig,
     "presets": configs.PresetsConfig,
@@ -64,6 +69,8 @@ COMMANDS: dict[str, type[configs.Config]] = {
 """Command -> its config; the function of the same name in `ldmkit` does the work."""
 INPUTS = {"train-diffusion": "latents"}
 """Commands that can read standard input -> the field that says so; some others can too."""
+REPORTS_ON = {"inspect": "path", "spread": "samples"}
+"""Commands that give a report on what they read, perhaps from standard input -> the field that says so."""
 SWITCHES: dict[str, Any] = {
     "quiet": typer.Option("--quiet", "-q", help="Say nothing but errors"),
     "debug": typer.Option("--debug", help="Show the traceback of an error"),
@@ -83,6 +90,7 @@ EXTRA_SWITCHES: dict[str, dict[str, Any]] = {
     "presets": JSON,
     "eval-ae": JSON,
     "evaluate": JSON,
+    **dict.fromkeys(("spread", "anomaly", "likelihood", "rate-distortion"), JSON),
 }
 
 app = typer.Typer(
@@ -157,10 +165,10 @@ def run_command(
 def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:  # noqa: ANN401
     """Do the work; returns the text for standard output ("" where bytes went there)."""
     work = getattr(ldmkit, function_name(name))
-    if name == "inspect":
-        with _stdin_for(config.path) as stream:
+    if name in REPORTS_ON:
+        with _stdin_for(getattr(config, REPORTS_ON[name])) as stream:
             return _printed(name, work(config, stream), as_json)
-    if name in ("presets", "split", "ema"):
+    if name in ("presets", "split", "ema", "anomaly", "likelihood", "rate-distortion"):
         return _printed(name, work(config), as_json)
     if name == "check":
         return _checked(work(config), output, as_json)
@@ -188,7 +196,7 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
 
 def _printed(name: str, report: dict[str, Any], as_json: bool) -> str:
     """A report as its recipe words it for people, or as JSON."""
-    as_text = import_module(f"ldmkit.recipes.{name}").as_text
+    as_text = import_module(f"ldmkit.recipes.{function_name(name)}").as_text
     return (json.dumps(report, ensure_ascii=False) if as_json else as_text(report)) + "\n"
 
 

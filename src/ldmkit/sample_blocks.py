@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.conditioning.mask import blended
 from ldmkit.data.latents import unragged
 from ldmkit.errors import DataError
 from ldmkit.facts import SampleFacts, validated
 from ldmkit.modelfile import load_messages
+from ldmkit.pixels import OneImage
 from ldmkit.tensors import Images, Latents
 
 COLUMNS = ("latents", "seed", "told.bytes", "told.offsets")
@@ -80,6 +84,60 @@ def read_sample_stream(file: BufferedIOBase, source: str) -> Iterator[Block]:
         decisive = [tensors[name] for name in ("latents", IMAGE, HOLE) if name in tensors]
         digests = [_digest(decisive, row) for row in range(len(latents))]
         yield Block(latents, seeds, told, inpainted, digests, facts)
+
+
+def whole_stream(first: Block, others: Iterator[Block], source: str) -> Iterator[Block]:
+    """All blocks; that they are as many samples as the first one says is checked at the end.
+
+    Raises:
+        DataError: there are more or fewer.
+    """
+    yield first
+    seen = len(first.seeds)
+    for block in others:
+        yield block
+        seen += len(block.seeds)
+    if seen != first.facts.total:
+        raise DataError(f"{source} ended after {seen} of {first.facts.total} samples")
+
+
+@torch.inference_mode()
+def decoded(
+    block: Block, rows: Tensor, kept: int, model: Autoencoder, feather: int = 0
+) -> Iterator[OneImage]:
+    """The pictures of some samples, on the CPU, float32; of inpainted ones with all around the hole as given.
+
+    Args:
+        block: the samples.
+        rows: of the block, that go through the network together.
+        kept: how many of them count.
+        model: the autoencoder.
+        feather: width of the rim around the hole in which given and decoded picture are mixed, pixels.
+
+    Raises:
+        DataError: given and decoded pictures differ in size.
+    """
+    images = model.decode(block.latents[rows].to(model.device))[:kept].float()
+    if block.inpainted is not None:
+        given, holes = (x[rows[:kept]].to(model.device) for x in block.inpainted)
+        if given.shape != images.shape:
+            raise DataError(
+                f"the pictures with holes of the samples are {list(given.shape[1:])}, and the decoded ones "
+                f"{list(images.shape[1:])}; sample for the pictures' own size"
+            )
+        images = blended(given, images, holes, feather)
+    return iter(images.cpu())
+
+
+def picture_name(seed: int, words: str) -> str:
+    """File name of a picture without suffix: seed and what it was told, of safe characters only.
+
+    Args:
+        seed: of the sample.
+        words: what it was told.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", words.lower())[:60].strip("-")
+    return f"{seed:06d}-{slug}" if slug else f"{seed:06d}"
 
 
 def words_of(told: dict[str, Any]) -> str:

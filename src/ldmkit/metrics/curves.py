@@ -18,6 +18,15 @@ MOST_POINTS = 300
 LOG_FROM = 10.0
 """Ratio of largest to smallest value from which a log axis shows more."""
 LEGEND_LINE = 15
+STYLE_ALONE = """<style>
+.page { fill: #fff; } text { fill: #1c2024; font: 12.5px system-ui, sans-serif; }
+path { fill: none; stroke: #1c2024; } .grid { stroke: #8885; stroke-width: .6; }
+.line, .marked { stroke-width: 2; } .faint { opacity: .4; } .dashed { stroke-dasharray: 6 4; }
+.c0 { stroke: #2563c9; } .c1 { stroke: #c2570c; } .c2 { stroke: #15803d; } .c3 { stroke: #9333a8; }
+.dot, .bar { stroke: none; } .dot.c0, .bar.c0 { fill: #2563c9; } .dot.c1, .bar.c1 { fill: #c2570c; }
+.dot.c2, .bar.c2 { fill: #15803d; } .dot.c3, .bar.c3 { fill: #9333a8; }
+</style>
+"""
 
 
 class Curve(NamedTuple):
@@ -284,3 +293,18 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
         parts.append(f'<path class="{curve.drawn} {curve.colour}" d="M{x:.1f} {y - 4}h18"/>')
         parts.append(f'<text x="{x + 24:.1f}" y="{y}">{escape(curve.label)}</text>')
     return parts
+
+
+def standing_alone(plot: str) -> str:
+    """A plot as an SVG file of its own, dark on white.
+
+    Args:
+        plot: what `line_plot` or `bar_plot` gives.
+    """
+    start = '<svg class="plot"'
+    return (
+        plot.replace(start, f'{start} xmlns="http://www.w3.org/2000/svg"', 1).replace(
+            "<title>", f'{STYLE_ALONE}<rect class="page" width="100%" height="100%"/>\n<title>', 1
+        )
+        + "\n"
+    )

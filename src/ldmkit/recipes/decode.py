@@ -1,6 +1,5 @@
 """`ldmkit decode`: sampled latents in, pictures out."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from io import BufferedIOBase
@@ -13,7 +12,6 @@ from torch import Tensor
 from ldmkit.assembly import autoencoder_facts, load_autoencoder, require_same_autoencoder
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.tiling import compute_in_tiles
-from ldmkit.conditioning.mask import blended
 from ldmkit.configs import STREAM
 from ldmkit.data.tar_members import END
 from ldmkit.decode_configs import DecodeConfig, PictureFormat
@@ -35,7 +33,15 @@ from ldmkit.output.provenance import KEY, Provenance, as_text, provenance_of
 from ldmkit.output.tar import tar_member
 from ldmkit.output.threads import in_order, read_ahead
 from ldmkit.pixels import OneImage, save_png
-from ldmkit.sample_blocks import Block, read_sample_stream, read_samples, words_of
+from ldmkit.sample_blocks import (
+    Block,
+    decoded,
+    picture_name,
+    read_sample_stream,
+    read_samples,
+    whole_stream,
+    words_of,
+)
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import groups_of, pick_device
 
@@ -132,7 +138,7 @@ def decode(
         else:
             add = stack.enter_context(_tar(manner, config.tar, output))
         progress = stack.enter_context(track("decode", len(mine), unit="picture"))
-        pictures = _pictures(_whole(first, blocks, source), mine, model, manner, listing)
+        pictures = _pictures(whole_stream(first, blocks, source), mine, model, manner, listing)
         ahead = max(2 * config.writers, config.batch_size)
         for one in in_order(lambda x: _write(x, manner), pictures, config.writers, ahead):
             if add is not None:
@@ -158,32 +164,10 @@ def decode(
     return None if place == STREAM else place
 
 
-def picture_name(seed: int, words: str) -> str:
-    """File name of a picture without suffix: seed and what it was told, of safe characters only.
-
-    Args:
-        seed: of the sample.
-        words: what it was told.
-    """
-    slug = re.sub(r"[^a-z0-9]+", "-", words.lower())[:60].strip("-")
-    return f"{seed:06d}-{slug}" if slug else f"{seed:06d}"
-
-
 def share_of(total: int, part: tuple[int, int]) -> range:
     """The numbers of the samples that a part of the job decodes: fixed ranges that cover all once."""
     number, parts = part
     return range(total * (number - 1) // parts, total * number // parts)
-
-
-def _whole(first: Block, others: Iterator[Block], source: str) -> Iterator[Block]:
-    """All blocks; that they are as many samples as the first one says is checked at the end."""
-    yield first
-    seen = len(first.seeds)
-    for block in others:
-        yield block
-        seen += len(block.seeds)
-    if seen != first.facts.total:
-        raise DataError(f"{source} ended after {seen} of {first.facts.total} samples")
 
 
 def _pictures(
@@ -212,7 +196,7 @@ def _pictures(
         for group, kept in _groups(len(todo), manner):
             rows = torch.tensor([todo[place][0] for place in group])
             for place, image in zip(
-                group, _decoded(block, rows, kept, model, manner), strict=False
+                group, decoded(block, rows, kept, model, manner.config.feather), strict=False
             ):
                 picture = todo[int(place)][1]
                 if listing is not None:
@@ -258,22 +242,6 @@ def _there(picture: Picture, manner: Manner, listing: Listing) -> bool:
     return found is not None and as_text(found | {"versions": None}) == as_text(
         picture.record | {"versions": None}
     )
-
-
-@torch.inference_mode()
-def _decoded(
-    block: Block, rows: Tensor, kept: int, model: Autoencoder, manner: Manner
-) -> Iterator[OneImage]:
-    images = model.decode(block.latents[rows].to(manner.device))[:kept].float()
-    if block.inpainted is not None:
-        given, holes = (x[rows[:kept]].to(manner.device) for x in block.inpainted)
-        if given.shape != images.shape:
-            raise DataError(
-                f"{manner.source}: the pictures with holes are {list(given.shape[1:])}, and the decoded "
-                f"ones {list(images.shape[1:])}; sample for the pictures' own size"
-            )
-        images = blended(given, images, holes, manner.config.feather)
-    return iter(images.cpu())
 
 
 def _groups(count: int, manner: Manner) -> Iterator[tuple[Tensor, int]]:
