@@ -5,7 +5,7 @@ Imports no torch.
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -24,6 +24,26 @@ ValueRange = Annotated[tuple[Finite, Finite], AfterValidator(_rises)]
 """The values that become -1 and 1."""
 NoiseRange = Annotated[tuple[Weight, Weight], AfterValidator(_rises)]
 """Noise levels, standard deviations of whitened latents; the upper one may be infinite."""
+
+
+def _names(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
+    """Names from a text with commas between them, or from a list of such texts."""
+    if value is None:
+        return None
+    parts = [value] if isinstance(value, str) else value
+    if not all(isinstance(part, str) for part in parts):
+        return value
+    return tuple(name.strip() for part in parts for name in part.split(","))
+
+
+def _differ(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if names is not None and (not all(names) or len(set(names)) < len(names)):
+        raise ValueError("give names that differ, with commas between them")
+    return names
+
+
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names), AfterValidator(_differ)]
+"""NAME,NAME,...: names that differ."""
 
 
 def listed(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
