@@ -23,6 +23,8 @@ from ldmkit.errors import DataError
 from ldmkit.label_names import UNLABELLED, Colour, class_names_of
 
 Maps = Int[Tensor, "batch height width"]
+AT_ONCE = 64
+"""Maps that are looked at together."""
 
 
 class LabelMapConditioner(nn.Module):
@@ -143,10 +145,11 @@ def _settle(options: LabelMapOptions, latents: LatentSet) -> LabelMapCondition:
 def _count_classes(latents: LatentSet) -> int:
     """The largest id in the set and one."""
     largest = -1
-    for index in range(len(latents)):
-        ids = latents.rows("labelmap", [index])
-        known = ids[ids != UNLABELLED]
-        largest = max(largest, int(known.max())) if len(known) else largest
+    for indices in latents.shapes.values():
+        for first in range(0, len(indices), AT_ONCE):
+            ids = latents.rows("labelmap", indices[first : first + AT_ONCE])
+            known = ids[ids != UNLABELLED]
+            largest = max(largest, int(known.max())) if len(known) else largest
     if largest < 0:
         raise DataError(f"{latents.directory} has label maps of unknown pixels alone")
     return largest + 1

@@ -109,8 +109,9 @@ def _colour(given: object) -> Colour | None:
 
 def _byte(given: object) -> int | None:
     """A whole number from 0 to 255, also as text; None for anything else."""
-    text = given.strip() if isinstance(given, str) else given
-    if isinstance(text, str):
-        text = int(text) if text.isascii() and text.isdigit() and len(text) < 4 else None
-    whole = isinstance(text, int) and not isinstance(text, bool)
-    return text if whole and 0 <= text <= 255 else None
+    if isinstance(given, str):
+        text = given.strip()
+        given = int(text) if text.isascii() and text.isdigit() and len(text) < 4 else None
+    if not isinstance(given, int) or isinstance(given, bool):
+        return None
+    return given if 0 <= given <= 255 else None

@@ -30,6 +30,7 @@ from ldmkit.tensors import Latents
 Shape = tuple[int, int, int]
 """z, height, width of a latent."""
 Value = TypeVar("Value")
+OFFSETS = f"{BOXES}.offsets"
 
 
 class LatentBatch(NamedTuple):
@@ -146,6 +147,16 @@ class LatentSet:
         self._require_column(BOXES, self.manifest.columns)
         owners, rows = self._places([index])
         return self._shards[int(owners[0])].boxes(int(rows[0]))
+
+    def box_counts(self) -> np.ndarray:
+        """How many boxes each sample has, int64; the boxes themselves are not read.
+
+        Raises:
+            DataError: the set has no boxes.
+        """
+        self._require_column(BOXES, self.manifest.columns)
+        there = [shard for shard in self._shards if OFFSETS in shard.header.tensors]
+        return np.concatenate([np.diff(shard.array(OFFSETS, np.int64)) for shard in there])
 
     def empty_text(self) -> Tensor:
         """The embedding of the empty text, `[t, w]` float16, by the encoder of the column `text`.
