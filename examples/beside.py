@@ -67,8 +67,12 @@ def words(text: str) -> Image.Image:
 
 
 def classes(latents: LatentSet, indices: np.ndarray, real: list[Image.Image]) -> list[Image.Image]:
-    """Names of the classes."""
-    return [words(latents.manifest.class_names[label]) for label in latents.labels[indices]]
+    """Names of the classes, of every label set."""
+    sets = [one.classes for one in latents.manifest.label_sets] or [latents.manifest.class_names]
+    return [
+        words(" ".join(names[label] for names, label in zip(sets, row, strict=True) if label >= 0))
+        for row in latents.labels_of_sets[indices].tolist()
+    ]
 
 
 def captions(latents: LatentSet, indices: np.ndarray, real: list[Image.Image]) -> list[Image.Image]:
@@ -91,10 +95,12 @@ def boxes(latents: LatentSet, indices: np.ndarray, real: list[Image.Image]) -> l
 def labelmaps(
     latents: LatentSet, indices: np.ndarray, real: list[Image.Image]
 ) -> list[Image.Image]:
-    """A colour for each class."""
-    colours = np.array([ImageColor.getrgb(name) for name in COLOURS], np.uint8)
-    maps = latents.rows("labelmap", indices).numpy() % len(COLOURS)
-    return [Image.fromarray(colours[one]) for one in maps]
+    """A colour for each class: the one that its label maps had, where they were in colours."""
+    usual = [ImageColor.getrgb(name) for name in COLOURS]
+    colours = np.array([usual[number % len(usual)] for number in range(256)], np.uint8)
+    for one in reversed(latents.manifest.labelmap_colours):  # the first of a class counts
+        colours[one.id] = one.colour
+    return [Image.fromarray(colours[one]) for one in latents.rows("labelmap", indices).numpy()]
 
 
 def small(latents: LatentSet, indices: np.ndarray, real: list[Image.Image]) -> list[Image.Image]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldmkit.conditioning.classes import ClassConditioner, class_index, class_row
+from ldmkit.conditioning.classes import ClassConditioner, class_index
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.image import (
     PictureConditioner,
@@ -172,14 +172,11 @@ def test_classes_by_name_and_number():
     ]
     assert class_index("7", NAMES) == 2  # a name goes before a number
     assert class_index("a", ("A", "a")) == 1
-    assert class_row(["dog", None], [NAMES, ("x",)]).tolist() == [1, -1]
     for bad in ("bird", "3", 3, -2, 1.0, True, "9" * 5000, [1]):
         with pytest.raises(ValueError, match=r"no class; known are 0 Cat, 1 dog, 2 7$"):
             class_index(bad, NAMES)
     with pytest.raises(ValueError, match=r"19 19 \.\.\.$"):
         class_index("x", [str(n) for n in range(30)])
-    with pytest.raises(ValueError, match="1 classes were given for 2 label sets"):
-        class_row(["dog"], [NAMES, NAMES])
 
 
 # scalars

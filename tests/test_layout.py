@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,8 +22,20 @@ from ldmkit.conditioning.layout import (
     shuffled_objects,
 )
 from ldmkit.conditioning.token_transformer import TokenTransformer
-from ldmkit.data.items import Box
-from ldmkit.data.latents import box_columns
+from ldmkit.data.former_set import written_shard
+from ldmkit.data.items import Box, Item, Source, Span
+from ldmkit.data.latent_set import LatentSet
+from ldmkit.data.latents import (
+    Row,
+    box_columns,
+    build_manifest,
+    moments_of,
+    shard_name,
+    shard_tensors,
+)
+from ldmkit.facts import ShardFacts
+from ldmkit.manifest import write_manifest
+from ldmkit.modelfile import save
 
 SMALL = LayoutFormat(3, 30)  # a grid of 5 x 5 points, 29 means none
 NAMES = ("Cat", "dog", "7")
@@ -236,3 +249,35 @@ def test_the_transformer_equals_torchs():
     reference.load_state_dict(renamed)
     ids = torch.randint(30, (4, 11), generator=torch.Generator().manual_seed(1))
     assert torch.allclose(encoder(ids), reference(tokens[ids] + positions), atol=1e-5)
+
+
+def test_boxes_are_counted_without_reading_them(tmp_path):
+    generator = np.random.default_rng(0)
+    counts = [0, 3, 1, 40, 2, 0, 0]
+    recipe = {"autoencoder": "a" * 64}
+    written = []
+    for number, rows in enumerate((counts[:4], counts[4:])):
+        boxes = [[Box(0, 0.1, 0.1, 0.5, 0.6)] * count for count in rows]
+        keys = [str(generator.integers(1 << 40)) for _ in rows]
+        items = [Item(key, Span("a", 0, 1)) for key in keys]
+        mean = torch.zeros(len(rows), 1, 2, 2)
+        table = [Row(item, 0, ()) for item in items]
+        facts = ShardFacts(
+            fingerprint="",
+            recipe=recipe,
+            items="",
+            start=0,
+            stop=len(rows),
+            skipped=(),
+            converted={},
+            moments=moments_of(mean, None),
+        )
+        path = tmp_path / shard_name(number)
+        tensors = shard_tensors(mean, None, table, box_columns(boxes))
+        save(path, tensors, kind="latents", config={}, facts=facts.model_dump(mode="json"))
+        written.append(written_shard(path, recipe))
+    source = Source([], (), ("thing",))
+    write_manifest(tmp_path, build_manifest(recipe, source, (1, 2, 2), written))
+    latents = LatentSet(tmp_path)
+    assert latents.box_counts().tolist() == counts
+    assert [len(latents.boxes(index)) for index in range(len(counts))] == counts

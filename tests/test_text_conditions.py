@@ -1,6 +1,7 @@
 """Text as a condition: tokenizers, the transformer trained along, frozen towers, stored embeddings."""
 
 import json
+import re
 import time
 import zipfile
 from collections import Counter
@@ -22,9 +23,10 @@ from ldmkit.conditioning.frozen_text import (
     StoredTextConditioner,
     embedding_row,
 )
-from ldmkit.conditioning.text import TextConditioner
+from ldmkit.conditioning.text import TextConditioner, _lines, _longest_line
 from ldmkit.conditioning.text_tower import encode_texts, load_tower
 from ldmkit.conditioning.token_transformer import TokenTransformer
+from ldmkit.conditioning.tokenizer import _count_words, _words
 from ldmkit.errors import DataError, UsageError
 from ldmkit.interop import text_layout
 from ldmkit.torchvision_import import import_torchvision
@@ -618,3 +620,18 @@ def test_bad_embeddings_are_one_sentence(value, part):
 
 def test_no_text_gives_no_embedding(tower):
     assert encode_texts(tower, [], 4).shape == (0, 20, 16)
+
+
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=8))
+def test_words_are_counted_as_each_caption_is_cut(captions):
+    proper = [text for text in captions if not re.search("[\ud800-\udfff]", text)]
+    assert _count_words(proper) == Counter(word for text in proper for word in _words(text))
+
+
+def test_the_longest_line_and_what_is_silent_are_those_of_all_captions():
+    texts = ["a\nbbbb", "", "\n\n", "cc\n\u2028ddddd\n", " ", "ddd"]
+    assert _longest_line(texts) == max(
+        (line for text in texts for line in text.splitlines()), key=len
+    )
+    assert [bool(_lines(text)) for text in texts] == [True, False, False, True, True, True]
+    assert _longest_line([]) == ""

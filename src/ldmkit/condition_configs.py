@@ -9,7 +9,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ldmkit.fields import Config, Count, Finite, Fraction, Positive, field, listed
+from ldmkit.class_configs import (
+    ClassCondition,
+    ClassSettings,
+    LabelMapCondition,
+    LabelMapSettings,
+)
+from ldmkit.fields import Config, Finite, Fraction, Names, Positive, field, listed
 
 ConditionKind = Literal[
     "class", "text", "embedded-text", "layout", "labelmap", "lowres", "mask", "scalars", "image"
@@ -25,36 +31,18 @@ class Told(Config):
     )
 
 
-class ClassSettings(Config):
-    """Classes of the pictures."""
-
-    way: Literal["tokens", "vector"] = field(
-        "tokens",
-        "How the network learns the class: tokens, one that is attended to (the paper); vector, added"
-        " to the time embedding",
-    )
-
-
-class ClassCondition(ClassSettings):
-    """One class for each picture."""
-
-    kind: Literal["class"] = "class"
-    names: tuple[str, ...]
-    """Of the classes, by index."""
-
-    @property
-    def attended(self) -> bool:
-        """Whether it gives tokens."""
-        return self.way == "tokens"
-
-    @property
-    def channels(self) -> int:
-        """How many channels it adds to the latents."""
-        return 0
-
-
 class ClassOptions(ClassSettings, Told):
     """Training options of the class condition."""
+
+    sets: Names = field(
+        None,
+        "NAME,NAME,...: label sets that the model is told (default: all that the latents have)",
+    )
+    set_dropout: Fraction | None = field(
+        None,
+        "With several label sets: share of samples that are not told one of them, for each set by itself and"
+        " beside the share that is told none (default: as --condition-dropout says)",
+    )
 
 
 class EncoderSettings(Config):
@@ -146,28 +134,6 @@ class LayoutCondition(LayoutSettings):
 
 class LayoutOptions(LayoutSettings, Told):
     """Training options of the layout condition."""
-
-
-class LabelMapSettings(Config):
-    """Classes of the pixels."""
-
-    mapped: Positive = field(3, "Learnt channels that are concatenated to the latents")
-
-
-class LabelMapCondition(LabelMapSettings):
-    """A label map for each picture."""
-
-    kind: Literal["labelmap"] = "labelmap"
-    classes: Positive
-    stages: Count
-    """Halvings from the map to the latents."""
-
-    attended: ClassVar[bool] = False
-
-    @property
-    def channels(self) -> int:
-        """How many channels it adds to the latents."""
-        return self.mapped
 
 
 class LabelMapOptions(LabelMapSettings, Told):
@@ -326,6 +292,12 @@ class ConditioningConfig(Config):
         return {
             kind: self.condition_dropout if share is None else share for kind, share in own.items()
         }
+
+    @property
+    def set_dropout(self) -> float:
+        """Share of samples that are not told one of several label sets, for each set by itself."""
+        share = self.classes.set_dropout
+        return self.condition_dropout if share is None else share
 
     @model_validator(mode="after")
     def _conditions_stand_together(self) -> "ConditioningConfig":

@@ -5,11 +5,12 @@ Imports no torch.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ldmkit.fields import Config, Count, Fraction, Positive, ValueRange, argument, field
+from ldmkit.fields import Count, Fraction, Names, Positive, ValueRange, argument, field
+from ldmkit.labelmap_configs import LabelMapConfig
 
 SourceFormat = Literal[
     "auto",
@@ -50,27 +51,11 @@ def _is_job(text: str) -> str:
     return text
 
 
-def _names(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
-    """Names from a text with commas between them, or from a list of such texts."""
-    if value is None:
-        return None
-    parts = [value] if isinstance(value, str) else value
-    if not all(isinstance(part, str) for part in parts):
-        return value
-    return tuple(name.strip() for part in parts for name in part.split(","))
-
-
-def _differ(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    if names is not None and (not all(names) or len(set(names)) < len(names)):
-        raise ValueError("give names that differ, with commas between them")
-    return names
-
-
 Job = Annotated[str, AfterValidator(_is_job)]
 """I/N: the I-th of N parts, from 1."""
 
 
-class SourceConfig(Config):
+class SourceConfig(LabelMapConfig):
     """What every command that reads pictures asks for."""
 
     data: Location = argument(
@@ -92,21 +77,18 @@ class SourceConfig(Config):
     keys: Path | None = field(
         None, "Text file with a key in each line: only these pictures (default: all)"
     )
-    labelmaps: Path | None = field(
-        None, "Folder of label maps: for each picture a .png or .npy of the same relative name"
-    )
     caption_column: str | None = field(
         None, "Column of captions in metadata and parquet (default: text, caption or prompt)"
     )
-    label_column: str | None = field(
-        None, "Column of class labels in metadata and parquet (default: label)"
+    label_column: Names = field(
+        None,
+        "NAME or NAME,NAME,...: column of class labels in metadata and parquet (default: label), or several,"
+        " each a label set of its own, such as kind,style",
     )
-    scalars: Annotated[tuple[str, ...] | None, BeforeValidator(_names), AfterValidator(_differ)] = (
-        field(
-            None,
-            "NAME,NAME,...: columns of metadata and parquet, or keys of the .json members of tars, that hold a"
-            " number for each picture, such as age,dose",
-        )
+    scalars: Names = field(
+        None,
+        "NAME,NAME,...: columns of metadata and parquet, or keys of the .json members of tars, that hold a"
+        " number for each picture, such as age,dose",
     )
     hole_masks: Path | None = field(
         None,

@@ -125,6 +125,9 @@ def draw_batch(
     for kind, share in config.dropouts(tuple(told)).items():
         drop = torch.rand(len(latents), generator=generator) < share
         told[kind] = replaced(told[kind], empty[kind], drop)
+    if "class" in told and told["class"].shape[1] > 1:  # of several label sets each alone as well
+        alone = torch.rand(told["class"].shape, generator=generator) < config.set_dropout
+        told["class"] = torch.where(alone.to(device), empty["class"], told["class"])
     bins = level_of(model.schedule, sigma).to(device)
     remembers = torch.zeros(len(latents), dtype=torch.bool)
     if model.config.unet.self_conditioning:

@@ -9,6 +9,7 @@ from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.diffusion_configs import SnapshotFormat
 from ldmkit.errors import DataError
 from ldmkit.fields import Config
+from ldmkit.label_names import ClassColour, LabelSet
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 Facts = dict[str, Any]
@@ -149,6 +150,10 @@ class Manifest(Config):
     class_names: tuple[str, ...]
     box_names: tuple[str, ...] = ()
     scalar_names: tuple[str, ...] = ()
+    label_sets: tuple[LabelSet, ...] = ()
+    """All of them, where there are several; `class_names` are those of the first."""
+    labelmap_colours: tuple[ClassColour, ...] = ()
+    """What the colours of the label maps meant, where they were RGB pictures."""
     whitening: Whitening
     shards: tuple[ShardEntry, ...]
     skipped: tuple[tuple[str, str], ...]
@@ -157,10 +162,13 @@ class Manifest(Config):
     versions: dict[str, str]
 
     @model_serializer(mode="wrap")
-    def _without_scalars_where_there_are_none(self, dumped: Callable[[Any], Facts]) -> Facts:
+    def _without_what_only_some_sets_have(self, dumped: Callable[[Any], Facts]) -> Facts:
         dump = dumped(self)
-        if not self.scalar_names:  # the page of such a set is what it was before there were any
-            dump.pop("scalar_names", None)
+        for name in ("scalar_names", "label_sets", "labelmap_colours"):
+            if not getattr(
+                self, name
+            ):  # the page of such a set is what it was before there were any
+                dump.pop(name, None)
         return dump
 
 

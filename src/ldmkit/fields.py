@@ -6,7 +6,7 @@ Imports no torch.
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -51,6 +51,26 @@ def _lasts(duration: str) -> str:
 
 Duration = Annotated[str, AfterValidator(_lasts)]
 """A time as a person writes it."""
+
+
+def _names(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards
+    """Names from a text with commas between them, or from a list of such texts."""
+    if value is None:
+        return None
+    parts = [value] if isinstance(value, str) else value
+    if not all(isinstance(part, str) for part in parts):
+        return value
+    return tuple(name.strip() for part in parts for name in part.split(","))
+
+
+def _differ(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if names is not None and (not all(names) or len(set(names)) < len(names)):
+        raise ValueError("give names that differ, with commas between them")
+    return names
+
+
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(_names), AfterValidator(_differ)]
+"""NAME,NAME,...: names that differ."""
 
 
 def listed(value: Any) -> Any:  # noqa: ANN401 - checked by the field's own type afterwards

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmkit.condition_configs import ConditioningConfig, EmbeddedTextCondition
+from ldmkit.condition_configs import ClassCondition, ConditioningConfig, EmbeddedTextCondition
+from ldmkit.conditioning.classes import all_in_turns, labels_in_turns
 from ldmkit.conditioning.frozen_text import embedded
 from ldmkit.conditioning.kind import Sides
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
@@ -152,19 +153,21 @@ def _requests(
 
 def _typed(config: SampleConfig, model: DiffusionConfig) -> list[Request]:
     """What options say; without any, all classes take turns."""
-    told: dict[str, tuple[str, ...]] = {}
+    told: dict[str, Sequence[Any]] = {}
+    classes = _classes(model)
     if config.label:
-        told["class"] = config.label
+        told["class"] = _labels(config.label, classes)
     if config.prompt:
         told["text"] = config.prompt
-    if not told and _classes(model):
-        told["class"] = _classes(model)
+    if not told and classes is not None and classes.names:
+        told["class"] = all_in_turns(classes, config.num or USUAL)
     count = max((len(values) for values in told.values()), default=1)
     names = {"class": "--label", "text": "--prompt"}
     return [
         Request(
             ", ".join(
-                f"{names[kind]} {values[turn % len(values)]}" for kind, values in told.items()
+                f"{names[kind]} {_shown(values[turn % len(values)])}"
+                for kind, values in told.items()
             ),
             {kind: values[turn % len(values)] for kind, values in told.items()},
         )
@@ -172,8 +175,23 @@ def _typed(config: SampleConfig, model: DiffusionConfig) -> list[Request]:
     ]
 
 
-def _classes(model: DiffusionConfig) -> tuple[str, ...]:
-    return next((one.names for one in model.conditions if one.kind == "class"), ())
+def _labels(labels: tuple[str, ...], classes: ClassCondition | None) -> Sequence[Any]:
+    if classes is None:
+        return labels
+    try:
+        return labels_in_turns(labels, classes)
+    except ValueError as error:
+        raise UsageError(f"--label {' --label '.join(labels)}: {error}") from error
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401 - any value
+    if not isinstance(value, Mapping):
+        return str(value)
+    return " ".join(f"{name}={one}" for name, one in value.items())
+
+
+def _classes(model: DiffusionConfig) -> ClassCondition | None:
+    return next((one for one in model.conditions if isinstance(one, ClassCondition)), None)
 
 
 def _rows_of(path: Path, source: BufferedIOBase | None) -> list[Row]:
@@ -190,12 +208,8 @@ def _rows_of(path: Path, source: BufferedIOBase | None) -> list[Row]:
 
 
 def _told(row: Row) -> dict[str, Any]:
-    """The kinds of condition that a row speaks of; what is empty says nothing."""
-    return {
-        ALIASES.get(name, name): value
-        for name, value in row.values.items()
-        if value not in ("", None)
-    }
+    """What a row speaks of, by column; what is empty says nothing."""
+    return {name: value for name, value in row.values.items() if value not in ("", None)}
 
 
 def _text_of(path: Path, source: BufferedIOBase | None) -> str:
@@ -221,22 +235,37 @@ def _named(path: Path) -> str:
 def _understood(request: Request, model: DiffusionConfig) -> Request:
     """What is told, by the model's kinds of condition.
 
-    Text is text for the user, whichever way the model reads it; a column may be a scalar's; and in a
-    table boxes stand as JSON.
+    Text is text for the user, whichever way the model reads it; a column may be a scalar's or a label
+    set's; and in a table boxes stand as JSON.
     """
     kinds = [condition.kind for condition in model.conditions]
     numbers = next((one.names for one in model.conditions if one.kind == "scalars"), ())
-    told, scalars = {}, {}
-    for name, value in request.told.items():
-        if name in numbers:
+    classes = _classes(model)
+    sets = [one.name for one in classes.sets] if classes else []
+    told, scalars, labels = {}, {}, {}
+    for column, value in request.told.items():
+        name = ALIASES.get(column, column)
+        if column in sets and not isinstance(value, Mapping):
+            labels[column] = value
+        elif name in numbers:
             scalars[name] = value
+        elif name == "class" and sets and isinstance(value, str) and value.startswith("{"):
+            told[name] = _from_json(request.where, name, value)
         elif name == "text" and "text" not in kinds and "embedded-text" in kinds:
             told["embedded-text"] = value
         else:
             told[name] = _from_json(request.where, name, value) if name in NESTED else value
     if scalars:
         told["scalars"] = {**told.get("scalars", {}), **scalars}
+    if labels:
+        told["class"] = {**_as_mapping(request.where, told.get("class", {})), **labels}
     return request._replace(told=told)
+
+
+def _as_mapping(where: str, told: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value
+    if not isinstance(told, Mapping):
+        raise DataError(f"{where}: {str(told)[:60]!r} names no label set, and others are named")
+    return told
 
 
 def _from_json(where: str, name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value

@@ -24,11 +24,10 @@ from ldmkit.data.tally import tally_of
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import DataError
 from ldmkit.facts import AutoencoderFacts, Depth, Facts, ShardFacts
+from ldmkit.label_names import UNLABELLED
 from ldmkit.pixels import to_pixels
 from ldmkit.terminal import Track
 
-UNLABELLED = 255
-"""Class of the pixels of a picture without a label map, in a set that has them."""
 Embed = Callable[[Sequence[str]], Tensor]
 """Texts -> their embeddings `[texts, t, w]`, float32; the empty text has one too."""
 Fill = Callable[[Tensor, Tensor], Tensor]
@@ -168,7 +167,7 @@ def build_shard(model: Autoencoder, task: Task, parts: Sequence[EncodedBatch], w
     images = [part.batch.images for part in parts if part.batch.images is not None]
     views = [view for reading in readings for view in reading.views]
     extra = extra_columns(work, task, images, views)
-    extra |= _scalar_column(work, rows)
+    extra |= _label_columns(work, rows) | _scalar_column(work, rows)
     if work.embed is not None:
         extra |= text_embeddings(rows, work.embed)
     if work.fill is not None:
@@ -247,6 +246,14 @@ def text_embeddings(rows: Sequence[Row], embed: Embed) -> dict[str, Tensor]:
 def first_line(caption: str) -> str:
     """The first of several captions; "" where there is none."""
     return next((line.strip() for line in caption.split("\n") if line.strip()), "")
+
+
+def _label_columns(work: Work, rows: Sequence[Row]) -> dict[str, Tensor]:
+    names = work.recipe.get("labels")
+    if names is None:
+        return {}
+    values = [row.item.labels for row in rows]
+    return {"labels": torch.tensor(values, dtype=torch.int64).reshape(-1, len(names))}
 
 
 def _scalar_column(work: Work, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Class labels of one or several sets: a learnt embedding each (Rombach et al. 2022, App. E)."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -100,49 +100,128 @@ def class_index(given: object, names: Sequence[str]) -> int:
     raise ValueError(f"{str(given)[:60]!r} is no class; known are {known or 'none at all'}{more}")
 
 
-def class_row(given: Sequence[object], names: Sequence[Sequence[str]]) -> Int[Tensor, " sets"]:
-    """One row of values: a class of each label set, as `class_index` takes them.
+def labels_in_turns(labels: Sequence[str], config: ClassCondition) -> list[object]:
+    """What several `--label` say, for samples that take turns.
+
+    With several label sets each label names its own, as `kind=cat`, and the labels of each set take
+    turns beside those of the others; a set that no label names is not told.
 
     Args:
-        given: for each set.
-        names: of the classes of each set.
+        labels: as typed.
+        config: the label sets.
 
     Raises:
-        ValueError: an unknown class, or not as many as there are sets.
+        ValueError: it is not said of which label set a class is.
     """
-    if len(given) != len(names):
-        raise ValueError(f"{len(given)} classes were given for {len(names)} label sets")
-    indices = [class_index(*pair) for pair in zip(given, names, strict=True)]
-    return torch.tensor(indices, dtype=torch.int64)
+    names = sorted((one.name for one in config.sets), key=len, reverse=True)
+    told: dict[str, list[str]] = {}
+    for label in labels:
+        name = next((name for name in names if label.startswith(f"{name}=")), None)
+        if name is not None:
+            told.setdefault(name, []).append(label.removeprefix(f"{name}="))
+    if sum(map(len, told.values())) < len(labels):
+        if not told:  # of the one set that there is, or none; `values_by_set` looks at that
+            return list(labels)
+        raise ValueError(f"name the label set of each class: {_example(config)}")
+    turns = max(map(len, told.values()), default=0)
+    return [{name: of[turn % len(of)] for name, of in told.items()} for turn in range(turns)]
+
+
+def all_in_turns(config: ClassCondition, most: int) -> list[object]:
+    """Every class, or every combination of classes of several label sets, the last set's fastest."""
+    if len(config.label_sets) == 1:
+        return list(config.names)
+    names = [one.name for one in config.sets]
+    combined = itertools.product(*(one.classes for one in config.sets))
+    return [dict(zip(names, row, strict=True)) for row in itertools.islice(combined, most)]
+
+
+def values_by_set(config: ClassCondition, value: object) -> list[object]:
+    """What a user says of each label set, in their order; None where nothing is said.
+
+    Args:
+        config: the label sets.
+        value: a class, where there is one set; else a class by name of set, or "none".
+
+    Raises:
+        ValueError: it is not said of which label set a class is, or there is no such set.
+    """
+    names = [one.name for one in config.sets]
+    if isinstance(value, Mapping) and names:
+        unknown = next((str(name) for name in value if name not in names), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{unknown[:60]!r} is no label set of this model; it has {', '.join(names)}"
+            )
+        return [value.get(name) for name in names]
+    if len(names) < 2:
+        return [value]
+    if value is None or (isinstance(value, str) and value.strip().casefold() == NO_CLASS):
+        return [None] * len(names)
+    raise ValueError(
+        f"{str(value)[:60]!r} names no label set of this model ({', '.join(names)}): {_example(config)}"
+    )
+
+
+def _example(config: ClassCondition) -> str:
+    first = config.label_sets[0]
+    pair = first.name, first.classes[0] if first.classes else 0
+    return 'write "{}={}", in JSON {{"class": {{"{}": "{}"}}}}'.format(*pair, *pair)
 
 
 def _settle(options: ClassOptions, latents: LatentSet) -> ClassCondition:
     if not latents.has_labels:
         raise DataError(f"--condition class: {latents.directory} has no labels")
-    return ClassCondition(way=options.way, names=latents.manifest.class_names)
+    sets, names = latents.manifest.label_sets, latents.manifest.class_names
+    if options.sets is not None:
+        known = {one.name: one for one in sets}
+        absent = next((name for name in options.sets if name not in known), None)
+        if absent is not None:
+            raise DataError(
+                f"--classes.sets {absent}: {latents.directory} has "
+                + (f"the label sets {', '.join(known)}" if known else "one label set, without name")
+            )
+        sets = tuple(known[name] for name in options.sets)
+        names = sets[0].classes
+    return ClassCondition(way=options.way, names=names, sets=sets)
 
 
 def _build(config: ClassCondition, widths: Widths) -> ClassConditioner:
     width = widths.context if config.attended else widths.embedding
-    return ClassConditioner((len(config.names),), width, way=config.way)
+    sizes = tuple(len(one.classes) for one in config.label_sets)
+    return ClassConditioner(sizes, width, way=config.way)
 
 
 def _reader(config: ClassCondition, options: ClassOptions, latents: LatentSet) -> Reader:
-    if latents.manifest.class_names != config.names:
+    there = list(latents.manifest.label_sets)
+    if any(one not in there for one in config.sets) or (
+        not config.sets and latents.manifest.class_names != config.names
+    ):
         raise DataError(f"{latents.directory} has other classes than the model")
-    return lambda indices, _: torch.from_numpy(latents.labels[indices])[:, None]
+    places = [there.index(one) for one in config.sets] or [0]
+    return lambda indices, _: torch.from_numpy(latents.labels_of_sets[indices][:, places])
+
+
+def _row(config: ClassCondition, value: object) -> Int[Tensor, " sets"]:
+    row = []
+    for said, one in zip(values_by_set(config, value), config.label_sets, strict=True):
+        try:
+            row.append(class_index(said, one.classes))
+        except ValueError as error:
+            raise ValueError(f"{one.name}: {error}" if one.name else str(error)) from error
+    return torch.tensor(row, dtype=torch.int64)
 
 
 def _words(config: ClassCondition, value: object) -> str:
-    index = class_index(value, config.names)
-    return config.names[index] if index >= 0 else ""
+    rows = zip(_row(config, value).tolist(), config.label_sets, strict=True)
+    return " ".join(one.classes[index] for index, one in rows if index >= 0)
 
 
 CLASS = Kind(
     settle=_settle,
     build=_build,
     reader=_reader,
-    row=lambda config, value: class_row([value], [config.names]),
+    row=_row,
     silence=NO_CLASS,
     words=_words,
 )

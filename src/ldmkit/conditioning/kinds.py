@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmkit.condition_configs import ClassCondition
 from ldmkit.conditioning.classes import CLASS
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.frozen_text import EMBEDDED_TEXT
@@ -45,6 +46,13 @@ def readers_of(
         config.kind: KINDS[config.kind].reader(config, options_of(config.kind), latents)
         for config in conditions
     }
+
+
+def in_words(config: Any) -> str:  # noqa: ANN401 - any stored config
+    """A condition as people are told of it: its kind, and label sets with their numbers of classes."""
+    if not isinstance(config, ClassCondition) or not config.sets:
+        return config.kind
+    return f"class ({', '.join(f'{len(one.classes)} of {one.name}' for one in config.sets)})"
 
 
 def joined(conditions: Sequence[Condition]) -> Condition:

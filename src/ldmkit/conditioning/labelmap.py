@@ -10,20 +10,21 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ldmkit.condition_configs import LabelMapCondition, LabelMapOptions
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.kind import Kind, Reader, Sides, Widths
 from ldmkit.conditioning.picture_files import read_classes
+from ldmkit.data.labelmaps import ids_of_colours
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.errors import DataError
+from ldmkit.label_names import UNLABELLED, Colour, class_names_of
 
 Maps = Int[Tensor, "batch height width"]
-Colour = tuple[int, int, int]
-UNLABELLED = 255
-"""What latent sets store where a picture has no label map, and many data sets where nobody labelled."""
+AT_ONCE = 64
+"""Maps that are looked at together."""
 
 
 class LabelMapConditioner(nn.Module):
@@ -118,7 +119,7 @@ def parse_labelmap(
             f"the label map has {raw.shape[1]} x {raw.shape[0]} pixels and its picture "
             f"{size[1]} x {size[0]}: give one of the same size"
         )
-    ids = raw.astype(np.int64) if colours is None else _ids_of_colours(raw, colours)
+    ids = raw.astype(np.int64) if colours is None else ids_of_colours(raw, colours)
     unknown = np.isin(ids, list(ignore))
     wrong = ((ids < 0) | (ids >= classes)) & ~unknown
     if wrong.any():
@@ -131,38 +132,27 @@ def parse_labelmap(
     return torch.from_numpy(np.where(unknown, classes, ids))
 
 
-def _ids_of_colours(
-    raw: UInt8[np.ndarray, "height width 3"], colours: Mapping[Colour, int]
-) -> Int[np.ndarray, "height width"]:
-    codes = raw.astype(np.int64) @ np.array([65536, 256, 1])
-    known = np.array([(red << 16) + (green << 8) + blue for red, green, blue in colours])
-    order = np.argsort(known)
-    places = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
-    missing = known[order][places] != codes
-    if missing.any():
-        y, x = np.argwhere(missing)[0]
-        raise ValueError(
-            f"the label map has the colour {tuple(raw[y, x].tolist())} at x = {x}, y = {y}, which is "
-            "not in the table: add it with its class"
-        )
-    return np.array(list(colours.values()), dtype=np.int64)[order][places]
-
-
 def _settle(options: LabelMapOptions, latents: LatentSet) -> LabelMapCondition:
     if "labelmap" not in latents.manifest.columns:
         raise DataError(f"--condition labelmap: {latents.directory} has no label maps")
-    classes = options.classes
-    if classes is None:
-        everything = (latents.rows("labelmap", [index]) for index in range(len(latents)))
-        found = [
-            int(one[one != UNLABELLED].max()) for one in everything if (one != UNLABELLED).any()
-        ]
-        if not found:
-            raise DataError(f"{latents.directory} has label maps of unknown pixels alone")
-        classes = 1 + max(found)
+    colours = latents.manifest.labelmap_colours
+    classes = options.classes or len(class_names_of(colours)) or _count_classes(latents)
     maps = latents.rows("labelmap", [0])
     stages = (maps.shape[1] // latents.read([0]).mean.shape[2]).bit_length() - 1
-    return LabelMapCondition(mapped=options.mapped, classes=classes, stages=stages)
+    return LabelMapCondition(mapped=options.mapped, classes=classes, stages=stages, colours=colours)
+
+
+def _count_classes(latents: LatentSet) -> int:
+    """The largest id in the set and one."""
+    largest = -1
+    for indices in latents.shapes.values():
+        for first in range(0, len(indices), AT_ONCE):
+            ids = latents.rows("labelmap", indices[first : first + AT_ONCE])
+            known = ids[ids != UNLABELLED]
+            largest = max(largest, int(known.max())) if len(known) else largest
+    if largest < 0:
+        raise DataError(f"{latents.directory} has label maps of unknown pixels alone")
+    return largest + 1
 
 
 def _build(config: LabelMapCondition, widths: Widths) -> LabelMapConditioner:
@@ -189,7 +179,7 @@ def _reader(config: LabelMapCondition, options: LabelMapOptions, latents: Latent
 
 
 def _row(config: LabelMapCondition, value: object) -> Tensor:
-    classes = read_classes(value).numpy()
+    classes = read_classes(value, config.colours).numpy()
     return parse_labelmap(classes, config.classes, classes.shape)
 
 

@@ -277,7 +277,7 @@ def _reader(config: LayoutCondition, options: LayoutOptions, latents: LatentSet)
     if latents.manifest.box_names != config.names:
         raise DataError(f"{latents.directory} has other classes of boxes than the model")
     layout = format_of(config)
-    crowded = sum(len(latents.boxes(index)) > layout.objects for index in range(len(latents)))
+    crowded = int((latents.box_counts() > layout.objects).sum())
     if crowded:
         say(f"{crowded} pictures have more than {layout.objects} boxes; the model sees the largest")
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.data.items import Span
-from ldmkit.data.labelmaps import read_labelmap
+from ldmkit.data.labelmaps import ColourMap, read_labelmap
 from ldmkit.data.pictures import decode_picture
+from ldmkit.label_names import ClassColour
 
 
 def read_values(path: object, channels: int) -> Float[Tensor, "channels _height _width"]:
@@ -21,13 +22,20 @@ def read_values(path: object, channels: int) -> Float[Tensor, "channels _height 
     return decode_picture(span.read(), span.file, PreprocessingConfig(channels=channels))
 
 
-def read_classes(path: object) -> UInt8[Tensor, "height width"]:
+def read_classes(
+    path: object, colours: tuple[ClassColour, ...] = ()
+) -> UInt8[Tensor, "height width"]:
     """The label map in a file: a class for each pixel.
+
+    Args:
+        path: of the file.
+        colours: what they mean, where it is an RGB picture.
 
     Raises:
         DataError: it cannot be read, or holds no classes.
     """
-    return read_labelmap(_span(path), None)
+    span = _span(path)
+    return read_labelmap(ColourMap(span, colours) if colours else span, None)
 
 
 def _span(path: object) -> Span:

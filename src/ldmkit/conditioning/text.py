@@ -101,15 +101,15 @@ def _build(config: TextCondition, widths: Widths) -> TextConditioner:
 
 def _reader(config: TextCondition, options: TextOptions, latents: LatentSet) -> Reader:
     tokenizer = tokenizer_of(config)
-    captions = [caption.splitlines() for caption in latents.texts("caption")]
-    silent = [number for number, lines in enumerate(captions) if not any(lines)]
+    captions = list(latents.texts("caption"))
+    silent = [n for n, text in enumerate(captions) if not text.strip() and not _lines(text)]
     if silent and options.without == "refuse":
         key = next(key for n, key in enumerate(latents.texts("key")) if n == silent[0])
         raise DataError(
             f"{len(silent)} of {len(captions)} latents in {latents.directory} have no caption, the first of "
             f"them {key}: give them one, or train with --text.without null"
         )
-    longest = max((line for lines in captions for line in lines), key=len, default="")
+    longest = _longest_line(captions)
     if count_tokens(longest, tokenizer) > tokenizer.length:
         say(
             f"captions of more than {tokenizer.length} tokens are cut off, such as: {longest[:60]} ..."
@@ -118,12 +118,26 @@ def _reader(config: TextCondition, options: TextOptions, latents: LatentSet) -> 
     def read(indices: np.ndarray, generator: torch.Generator) -> Ids:
         rows = []
         for index in indices.tolist():
-            lines = [line for line in captions[index] if line] or [""]
+            lines = _lines(captions[index]) or [""]
             chosen = int(torch.randint(len(lines), (), generator=generator))
             rows.append(caption_row(lines[chosen], tokenizer, allow_empty=True))
         return torch.stack(rows)
 
     return read
+
+
+def _lines(text: str) -> list[str]:
+    """The captions of a picture."""
+    return [line for line in text.splitlines() if line]
+
+
+def _longest_line(texts: Sequence[str]) -> str:
+    longest = ""
+    for text in sorted(texts, key=len, reverse=True):
+        if len(text) <= len(longest):  # no line of what follows can be longer
+            break
+        longest = max((longest, *text.splitlines()), key=len)
+    return longest
 
 
 TEXT = Kind(

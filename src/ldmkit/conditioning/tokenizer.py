@@ -113,7 +113,7 @@ def train_merges(captions: Iterable[str], size: int) -> tuple[Merge, ...]:
             f"a vocabulary of {size} tokens is too small; bytes, start, end and padding alone "
             f"are {SMALLEST_VOCABULARY}"
         )
-    words = Counter(word for caption in captions for word in _words(proper_caption(caption)))
+    words = _count_words(captions)
     spelled = [list(word.encode()) for word in words]
     times = list(words.values())
     counts: Counter[Merge] = Counter()
@@ -216,10 +216,27 @@ def proper_caption(caption: object) -> str:
     return caption
 
 
+def _count_words(captions: Iterable[str]) -> Counter[str]:
+    """How often each word occurs; what stands between spaces is cut into words once, however often it does."""
+    between: Counter[str] = Counter()
+    for caption in captions:
+        between.update(_cleaned(proper_caption(caption)))
+    words: Counter[str] = Counter()
+    for text, times in between.items():
+        for word in WORD.findall(f" {text}"):  # no word goes beyond a space
+            words[word] += times
+    return words
+
+
 def _words(text: str) -> list[str]:
     """Small letters and single spaces, cut into words; the first has a space before it as all have."""
-    cleaned = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    cleaned = " ".join(_cleaned(text))
     return WORD.findall(f" {cleaned}") if cleaned else []
+
+
+def _cleaned(text: str) -> list[str]:
+    """In small letters, what stands between spaces."""
+    return unicodedata.normalize("NFC", text).lower().split()
 
 
 def _pairs(ids: list[int]) -> Iterator[Merge]:

@@ -69,7 +69,7 @@ def incomplete(items: Sequence[Item], known: Collection[tuple[str, str]]) -> Ite
     """
     has: tuple[tuple[str, str, Callable[[Item], bool]], ...] = (
         ("empty caption", "caption", lambda item: bool(item.caption.strip())),
-        ("no label", "label", lambda item: item.label != NO_LABEL),
+        ("no label", "label", lambda item: NO_LABEL not in (item.labels or (item.label,))),
     )
     for kind, what, holds in has:
         without = [index for index, item in enumerate(items) if not holds(item)]
@@ -106,21 +106,32 @@ def scalar_facts(source: Source) -> dict[str, dict[str, int | float]]:
 
 def classes(source: Source) -> Iterator[Finding]:
     """Classes of few pictures, and of many fewer than the largest."""
-    counts = class_counts(source)
-    largest = max(counts.values(), default=0)
-    for name, count in counts.items():
-        if count < FEW:
-            text = f"the class {name} has {count} picture(s); fewer than {FEW} teach little"
-            yield Finding("small class", "warning", name, text)
-        if largest > IMBALANCE * count:
-            text = f"the class {name} has {count} picture(s), the largest {largest}"
-            yield Finding("unbalanced classes", "warning", name, text)
+    for counts in _counts_by_set(source):
+        largest = max(counts.values(), default=0)
+        for name, count in counts.items():
+            if count < FEW:
+                text = f"the class {name} has {count} picture(s); fewer than {FEW} teach little"
+                yield Finding("small class", "warning", name, text)
+            if largest > IMBALANCE * count:
+                text = f"the class {name} has {count} picture(s), the largest {largest}"
+                yield Finding("unbalanced classes", "warning", name, text)
 
 
 def class_counts(source: Source) -> dict[str, int]:
-    """Class name -> pictures of it, in the order of the classes; empty without classes."""
-    labels = Counter(item.label for item in source.items)
-    return {name: labels[index] for index, name in enumerate(source.class_names)}
+    """Class name -> pictures of it, in the order of the classes; empty without classes.
+
+    Of several label sets the names are as in `kind=cat`.
+    """
+    return {name: count for counts in _counts_by_set(source) for name, count in counts.items()}
+
+
+def _counts_by_set(source: Source) -> Iterator[dict[str, int]]:
+    if not source.label_sets:
+        labels = Counter(item.label for item in source.items)
+        yield {name: labels[index] for index, name in enumerate(source.class_names)}
+    for place, one in enumerate(source.label_sets):
+        labels = Counter(item.labels[place] for item in source.items)
+        yield {f"{one.name}={name}": labels[index] for index, name in enumerate(one.classes)}
 
 
 def duplicates(

@@ -162,7 +162,13 @@ def items_to_add(source: Source, manifest: Manifest, out: Path) -> Source:
     held: set[str] = set()
     names = _continued(manifest.class_names, source.class_names)
     box_names = _continued(manifest.box_names, source.box_names)
-    by_key = {key: _renumbered(item, source, names, box_names) for key, item in by_key.items()}
+    former = {one.name: one.classes for one in manifest.label_sets}
+    sets = tuple(
+        one.model_copy(update={"classes": _continued(former.get(one.name, ()), one.classes)})
+        for one in source.label_sets
+    )
+    named = source._replace(class_names=names, box_names=box_names, label_sets=sets)
+    by_key = {key: _renumbered(item, source, named) for key, item in by_key.items()}
     for entry in manifest.shards:
         facts = shard_facts(out / entry.name)
         keys = {*read_texts(out / entry.name, "key"), *(key for key, _ in facts.skipped)}
@@ -175,18 +181,26 @@ def items_to_add(source: Source, manifest: Manifest, out: Path) -> Source:
             )
         held |= keys
     new = [item for key, item in by_key.items() if key not in held]
-    return source._replace(items=new, class_names=names, box_names=box_names)
+    return named._replace(items=new)
 
 
 def _continued(old: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
     return (*old, *(name for name in new if name not in old))
 
 
-def _renumbered(
-    item: Item, source: Source, names: tuple[str, ...], box_names: tuple[str, ...]
-) -> Item:
-    label = item.label if item.label < 0 else names.index(source.class_names[item.label])
+def _renumbered(item: Item, source: Source, named: Source) -> Item:
+    """An item of `source` with the indices that `named` gives its names."""
+    pairs = zip(item.labels, source.label_sets, named.label_sets, strict=True)
     boxes = tuple(
-        box._replace(category=box_names.index(source.box_names[box.category])) for box in item.boxes
+        box._replace(category=named.box_names.index(source.box_names[box.category]))
+        for box in item.boxes
     )
-    return item._replace(label=label, boxes=boxes)
+    return item._replace(
+        label=_renamed(item.label, source.class_names, named.class_names),
+        labels=tuple(_renamed(label, old.classes, new.classes) for label, old, new in pairs),
+        boxes=boxes,
+    )
+
+
+def _renamed(label: int, old: tuple[str, ...], new: tuple[str, ...]) -> int:
+    return label if label < 0 else new.index(old[label])

@@ -8,6 +8,7 @@ processes, so all of this can be pickled, and there may be millions, so paths ar
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from ldmkit.errors import DataError
+from ldmkit.label_names import ClassColour, LabelSet
 
 NO_LABEL = -1
 MAX_BYTES = 4 << 30
@@ -90,7 +91,7 @@ class Item(NamedTuple):
     """Unique in the source; the same wherever the data set lies."""
     picture: Blob
     label: int = NO_LABEL
-    """Class index, or -1."""
+    """Class index, or -1; where there are several label sets, of the first."""
     caption: str = ""
     """One caption in each line, where there are several."""
     mask: Blob | None = None
@@ -104,6 +105,8 @@ class Item(NamedTuple):
     """Numbers that were asked for by name (`Source.scalar_names`); NaN = not known."""
     hole: Blob | None = None
     """The picture that is white where something is to be painted in, where there is one."""
+    labels: tuple[int, ...] = ()
+    """Class index in each label set (`Source.label_sets`), or -1; nothing where there is one set alone."""
 
     @property
     def name(self) -> str:
@@ -132,3 +135,7 @@ class Source(NamedTuple):
     box_names: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     scalar_names: tuple[str, ...] = ()
+    label_sets: tuple[LabelSet, ...] = ()
+    """All of them, where there are several; `class_names` are those of the first."""
+    labelmap_colours: tuple[ClassColour, ...] = ()
+    """What colours mean in label maps that are RGB pictures; nothing where no table is given."""

@@ -30,6 +30,7 @@ from ldmkit.tensors import Latents
 Shape = tuple[int, int, int]
 """z, height, width of a latent."""
 Value = TypeVar("Value")
+OFFSETS = f"{BOXES}.offsets"
 
 
 class LatentBatch(NamedTuple):
@@ -67,6 +68,7 @@ class LatentSet:
         names = dict.fromkeys(name for shard in self._shards for name in shard.columns)
         self._columns = {name: _column_over(self._shards, name, directory) for name in names}
         self.labels = np.concatenate([shard.array("label", np.int64) for shard in self._shards])
+        self.labels_of_sets = self._read_label_sets()
         self._require_known_labels(directory)
         self._verification = _Verification(directory, entries)
         weakref.finalize(self, self._verification.stop)
@@ -88,8 +90,8 @@ class LatentSet:
 
     @property
     def has_labels(self) -> bool:
-        """Whether any sample carries a class."""
-        return bool((self.labels != NO_LABEL).any())
+        """Whether any sample carries a class, in any label set."""
+        return bool((self.labels_of_sets != NO_LABEL).any())
 
     def read(self, indices: Sequence[int] | np.ndarray) -> LatentBatch:
         """The posteriors of some samples (at least one), as they are stored, in the order asked for.
@@ -109,8 +111,8 @@ class LatentSet:
         """A column of some samples (at least one), as it is stored, in the order asked for.
 
         Args:
-            name: of a column whose samples each have one shape: mean, std, label, view, labelmap, mask,
-                lowres, scalars, text, hole or masked.
+            name: of a column whose samples each have one shape: mean, std, label, labels, view, labelmap,
+                mask, lowres, scalars, text, hole or masked.
             indices: of the samples.
 
         Returns:
@@ -145,6 +147,16 @@ class LatentSet:
         self._require_column(BOXES, self.manifest.columns)
         owners, rows = self._places([index])
         return self._shards[int(owners[0])].boxes(int(rows[0]))
+
+    def box_counts(self) -> np.ndarray:
+        """How many boxes each sample has, int64; the boxes themselves are not read.
+
+        Raises:
+            DataError: the set has no boxes.
+        """
+        self._require_column(BOXES, self.manifest.columns)
+        there = [shard for shard in self._shards if OFFSETS in shard.header.tensors]
+        return np.concatenate([np.diff(shard.array(OFFSETS, np.int64)) for shard in there])
 
     def empty_text(self) -> Tensor:
         """The embedding of the empty text, `[t, w]` float16, by the encoder of the column `text`.
@@ -232,13 +244,24 @@ class LatentSet:
         data = bytearray().join(pieces)  # one copy for each sample, straight from the page cache
         return torch.frombuffer(data, dtype=column.dtype).view(len(rows), *shape)
 
+    def _read_label_sets(self) -> np.ndarray:
+        """Class indices `[samples, sets]`, int64; of the one set where there are no others."""
+        sets = len(self.manifest.label_sets)
+        if not sets:
+            return self.labels[:, None]
+        there = [shard for shard in self._shards if "labels" in shard.columns]
+        return np.concatenate([s.array("labels", np.int64).reshape(-1, sets) for s in there])
+
     def _require_known_labels(self, directory: Path) -> None:
         # before the digests are known: a wrong index would stop training with an error of its own
-        known = len(self.manifest.class_names)
-        if known and (self.labels.min() < NO_LABEL or self.labels.max() >= known):
-            raise DataError(
-                f"{directory} is damaged (labels beyond its {known} classes); run `ldmkit encode` again"
-            )
+        sets = [one.classes for one in self.manifest.label_sets] or [self.manifest.class_names]
+        for names, labels in zip(sets, self.labels_of_sets.T, strict=True):
+            known = len(names)
+            if known and (labels.min() < NO_LABEL or labels.max() >= known):
+                raise DataError(
+                    f"{directory} is damaged (labels beyond its {known} classes); run `ldmkit encode` "
+                    "again"
+                )
 
 
 class _Column(NamedTuple):

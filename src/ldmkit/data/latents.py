@@ -17,6 +17,8 @@ and, where the source has them or they were asked for:
     labelmap      [N, H, W]      classes of the pixels, uint8
     mask          [N, H, W]      1 = the pixel counts, uint8
     lowres        [N, c, h, w]   the picture made smaller, uint8 or float32 in [-1, 1]
+    labels        [N, k]         class index in each of several label sets (`Manifest.label_sets`), -1 where
+                                 there is none; the first is `label`
     scalars       [N, n]         numbers by name (`Manifest.scalar_names`), float32, NaN = not known
     text          [N, t, w]      embedding of the first line of the caption, float16, and
                                  text.empty ([t, w]), that of the empty text
@@ -41,7 +43,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldmkit.container import FORMAT_VERSIONS
-from ldmkit.data.items import Box, Item
+from ldmkit.data.items import Box, Item, Source
 from ldmkit.data.tally import joined
 from ldmkit.errors import DataError
 from ldmkit.facts import Facts, Manifest, ShardEntry, ShardFacts, Whitening
@@ -60,6 +62,7 @@ COLUMNS = (
     "labelmap",
     "mask",
     "lowres",
+    "labels",
     "scalars",
     "text",
     "hole",
@@ -111,6 +114,7 @@ def items_digest(items: Iterable[Item]) -> str:
 def _asked_for(item: Item) -> list[object]:
     """What only some sets have of an item: nothing where it was not asked for, so that digests stay."""
     found: list[object] = [["scalars", *item.scalars]] if item.scalars else []
+    found += [["labels", *item.labels]] if item.labels else []
     return found if item.hole is None else [*found, ["hole", item.hole.size]]
 
 
@@ -207,7 +211,7 @@ def moments_of(
 
 def build_manifest(
     recipe: Facts,
-    names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]],
+    source: Source,
     latent_shape: tuple[int, int, int],
     shards: Sequence[WrittenShard],
 ) -> Manifest:
@@ -215,7 +219,7 @@ def build_manifest(
 
     Args:
         recipe: how the latents were made.
-        names: of the classes, of the categories of boxes, and of the scalars.
+        source: says what classes, categories of boxes, scalars and colours are called.
         latent_shape: z, height, width; a shard of another shape says so in its entry.
         shards: all of them.
 
@@ -238,9 +242,11 @@ def build_manifest(
         count=count,
         latent_shape=latent_shape,
         columns=shards[0].columns,
-        class_names=names[0],
-        box_names=names[1],
-        scalar_names=names[2],
+        class_names=source.class_names,
+        box_names=source.box_names,
+        scalar_names=source.scalar_names,
+        label_sets=source.label_sets,
+        labelmap_colours=source.labelmap_colours,
         whitening=Whitening(mean=tuple(mean.tolist()), std=tuple(std.tolist())),
         shards=tuple(
             shard.entry.model_copy(update={"shape": None}) if plain else shard.entry

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from ldmkit.data.colour_tables import read_colour_table
 from ldmkit.data.formats.folder import files_below
 from ldmkit.data.formats.sidecars import EMPTY_CAPTION, IMAGE_SUFFIXES, suffix_of
 from ldmkit.data.items import Item, Problem, Source, Span
+from ldmkit.data.labelmaps import ColourMap
 from ldmkit.errors import DataError
 
 COMPANION_SUFFIXES = ("png", "npy")
@@ -53,6 +55,24 @@ def with_labelmaps(source: Source, folder: Path) -> Source:
     found, problems = _companions(source, folder, "label map", "--labelmaps")
     items = [item._replace(labelmap=found[item.key]) for item in source.items if item.key in found]
     return source._replace(items=items, problems=(*source.problems, *problems))
+
+
+def with_labelmap_colours(source: Source, table: Path) -> Source:
+    """Let label maps that are RGB pictures be read by a table of colours.
+
+    Raises:
+        DataError: it is no such table, or no picture has a label map.
+    """
+    colours = read_colour_table(table)
+    if not any(item.labelmap for item in source.items):
+        raise DataError(
+            f"--labelmap-colours {table}: no picture has a label map; give their folder with --labelmaps"
+        )
+    items = [
+        item._replace(labelmap=ColourMap(item.labelmap, colours)) if item.labelmap else item
+        for item in source.items
+    ]
+    return source._replace(items=items, labelmap_colours=colours)
 
 
 def with_hole_masks(source: Source, folder: Path) -> Source:

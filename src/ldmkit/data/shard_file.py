@@ -44,6 +44,7 @@ FORMS = {
     "std": Form(LATENT_DTYPES, 4),
     "label": Form(("I64",), 1),
     "view": Form(("I64",), 1),
+    "labels": Form(("I64",), 2),
     "labelmap": Form(("U8",), 3),
     "mask": Form(("U8",), 3),
     "lowres": Form(("U8", "F32"), 4),
@@ -212,6 +213,7 @@ def _is_whole(name: str, tensors: dict[str, TensorEntry], count: int, manifest: 
     if found is None or found.dtype not in form.dtypes or len(found.shape) != form.axes:
         return False
     expected = {
+        "labels": (len(manifest.label_sets),),
         "scalars": (len(manifest.scalar_names),),
         "masked": tensors["mean"].shape[1:],
     }.get(name, found.shape[1:])

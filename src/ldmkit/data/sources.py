@@ -18,7 +18,13 @@ from ldmkit.data.formats.webdataset import scan_tars
 from ldmkit.data.items import Item, Problem, Source
 from ldmkit.data.locations import shown
 from ldmkit.data.names import odd_names
-from ldmkit.data.selection import empty_captions, only_keys, with_hole_masks, with_labelmaps
+from ldmkit.data.selection import (
+    empty_captions,
+    only_keys,
+    with_hole_masks,
+    with_labelmap_colours,
+    with_labelmaps,
+)
 from ldmkit.data_configs import SourceConfig
 from ldmkit.errors import DataError
 from ldmkit.terminal import say
@@ -68,6 +74,8 @@ def scan_source(config: SourceConfig) -> Source:
         source = only_keys(source, config.keys)
     if config.labelmaps is not None:
         source = with_labelmaps(source, config.labelmaps)
+    if config.labelmap_colours is not None:
+        source = with_labelmap_colours(source, config.labelmap_colours)
     if config.hole_masks is not None:
         source = with_hole_masks(source, config.hole_masks)
     captionless = empty_captions(source.items, source.problems)

@@ -95,7 +95,13 @@ def told_of(model: LatentDiffusion, source: str) -> ClassCondition | None:
         raise DataError(
             f"{source} is told {', '.join(others)}, and exported models are told classes alone"
         )
-    return next((c for c in model.config.conditions if isinstance(c, ClassCondition)), None)
+    told = next((c for c in model.config.conditions if isinstance(c, ClassCondition)), None)
+    if told is not None and len(told.label_sets) > 1:
+        names = ", ".join(one.name for one in told.sets)
+        raise DataError(
+            f"{source} is told classes of several label sets ({names}), and exported models have one"
+        )
+    return told
 
 
 def values_of_classes(model: LatentDiffusion, classes: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ldmkit.facts import Manifest
 from ldmkit.pages.figures import channel_figures, run_figures
 from ldmkit.pages.findings import Finding
 from ldmkit.pages.handoffs import claims, fingerprint_of
@@ -58,9 +59,15 @@ def identity(subject: Subject) -> str:
         "training": _known(facts, "trained"),
         "averages": _known(facts, "averages"),
         "last written": _written(subject),
-        "class names": _names(manifest.class_names) if manifest else None,
+        "class names": _class_names(manifest) if manifest else None,
     }
     return section("What it is", facts_table(rows))
+
+
+def _class_names(manifest: Manifest) -> str | None:
+    if not manifest.label_sets:
+        return _names(manifest.class_names)
+    return "; ".join(f"{one.name}: {_names(one.classes)}" for one in manifest.label_sets)
 
 
 def curves(subject: Subject) -> str:

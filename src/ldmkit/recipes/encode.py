@@ -1,5 +1,7 @@
 """`ldmkit encode`: pictures in, a latent set out, once."""
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -138,7 +140,7 @@ def _encoded(config: EncodeConfig, stream: BufferedIOBase | None) -> Path | None
     size = work.preprocessing.size // facts.factor
     manifest = build_manifest(
         work.recipe,
-        (source.class_names, source.box_names, source.scalar_names),
+        source,
         (facts.latent_channels, size, size),
         written,
     )
@@ -232,6 +234,7 @@ def plan_work(
         "labelmap": any(item.labelmap for item in source.items),
         "mask": any(item.mask for item in source.items),
         "lowres": config.lowres > 0,
+        "labels": bool(source.label_sets),
         "scalars": config.scalars is not None,
         "text": tower is not None,
         "hole": config.holes is not None,
@@ -259,7 +262,7 @@ def plan_work(
         "buckets": [config.bucket_step, config.bucket_ratio] if config.buckets else None,
         "lowres": lowres_recipe(lowres),
         "columns": stored,
-        **recipe_of_columns(config, holes, tower),
+        **recipe_of_columns(config, source, holes, tower),
     }
     companions = Companions(lowres, holes)
     return Work(
@@ -268,10 +271,15 @@ def plan_work(
 
 
 def recipe_of_columns(
-    config: EncodeConfig, holes: Holes | None, tower: FrozenTower | None
+    config: EncodeConfig, source: Source, holes: Holes | None, tower: FrozenTower | None
 ) -> Facts:
     """What decides the bytes of the columns that conditions need; nothing of those not asked for."""
     recipe: Facts = {}
+    if source.label_sets:
+        recipe["labels"] = [one.name for one in source.label_sets]
+    if source.labelmap_colours:
+        rows = [one.model_dump(mode="json") for one in source.labelmap_colours]
+        recipe["labelmap_colours"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     if config.scalars is not None:
         recipe["scalars"] = list(config.scalars)
     if tower is not None:

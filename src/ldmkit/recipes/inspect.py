@@ -13,6 +13,8 @@ from ldmkit.manifest import MANIFEST, read_manifest, verify_shard
 from ldmkit.output.provenance import may_carry, provenance_of
 
 SCHEMA_VERSION = 1
+BY_NAME = {"conditions": "kind", "label_sets": "name", "sets": "name"}
+"""Lists whose entries are shown one by one, by what they are called."""
 
 
 def inspect(config: InspectConfig, stream: BufferedIOBase | None = None) -> dict[str, Any]:
@@ -130,6 +132,8 @@ def as_text(report: dict[str, Any]) -> str:
 def _lines(value: dict[str, Any], indent: str) -> list[str]:
     lines: list[str] = []
     for key, item in value.items():
+        if key in BY_NAME and isinstance(item, list):
+            item = {part[BY_NAME[key]]: part for part in item}
         if isinstance(item, dict) and item:
             lines += [f"{indent}{key}:", *_lines(item, indent + "  ")]
         elif isinstance(item, list) and (

@@ -19,7 +19,7 @@ from ldmkit.assembly import (
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.conditioning.box_lists import draw_boxes
 from ldmkit.conditioning.kind import Reader
-from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
+from ldmkit.conditioning.kinds import KINDS, in_words, readers_of, values_of
 from ldmkit.conditioning.layout import boxes_of_rows
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_batches import samples_of_step, training_buckets
@@ -107,7 +107,7 @@ def _trained(config: TrainDiffusionConfig, result: Path, stream: BufferedIOBase 
     buckets = training_buckets(latents, config.holdout)
     training = np.concatenate(buckets)
     model_config = diffusion_config(config, latents)
-    told = ", ".join(condition.kind for condition in model_config.conditions) or "no condition"
+    told = ", ".join(in_words(condition) for condition in model_config.conditions) or "no condition"
     readers = readers_of(model_config.conditions, config.options_of, latents)
     shapes = ", ".join(str(shape) for shape in latents.shapes)
     say(f"{len(training)} latents of {shapes} from {config.latents}, {told}")

@@ -5,8 +5,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ldmkit.data.items import NO_LABEL
+from ldmkit.data.items import NO_LABEL, Item
 from ldmkit.errors import DataError
+from ldmkit.label_names import LabelSet
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 LABEL_COLUMNS = ("label",)
@@ -46,6 +47,68 @@ def pick_column(
     if asked not in columns:
         raise DataError(f"{where} has no column {asked} ({option}){nearest([asked], columns)}")
     return asked
+
+
+def pick_label_columns(
+    columns: Iterable[str], asked: Sequence[str] | None, where: str
+) -> tuple[str, ...]:
+    """The columns of labels, one for each label set; none where the table has no such column.
+
+    Args:
+        columns: of the table.
+        asked: the names that were given with `--label-column`, if any.
+        where: how to call the table in errors.
+
+    Raises:
+        DataError: a column asked for is not there.
+    """
+    columns = list(columns)
+    found = (
+        pick_column(columns, name, LABEL_COLUMNS, "--label-column", where)
+        for name in asked or (None,)
+    )
+    return tuple(name for name in found if name is not None)
+
+
+def classes_of_sets(
+    rows: Sequence[Sequence[object]], names: Sequence[Sequence[str]]
+) -> list[Classes]:
+    """The classes of each label set; see `classes_of`.
+
+    Args:
+        rows: raw labels of each picture, one for each set.
+        names: what the table itself says the classes of each set are called.
+    """
+    return [
+        classes_of((row[place] for row in rows if row), known) for place, known in enumerate(names)
+    ]
+
+
+def with_labels(
+    item: Item, values: Sequence[object], classes: Sequence[Classes], where: str
+) -> Item:
+    """An item with its class in each label set; see `label_of`.
+
+    Args:
+        item: the picture.
+        values: raw labels, one for each set; nothing where its table has none.
+        classes: of each set.
+        where: how to call its row in errors.
+
+    Raises:
+        DataError: one is no class.
+    """
+    if not values:
+        return item
+    labels = tuple(label_of(*pair, where) for pair in zip(values, classes, strict=True))
+    return item._replace(label=labels[0], labels=labels if len(labels) > 1 else ())
+
+
+def label_sets_of(asked: Sequence[str] | None, classes: Sequence[Classes]) -> tuple[LabelSet, ...]:
+    """The label sets by name, where several were asked for; else none."""
+    if asked is None or len(asked) < 2:
+        return ()
+    return tuple(LabelSet(name=n, classes=c.names) for n, c in zip(asked, classes, strict=True))
 
 
 def misspelt(columns: Iterable[str], wanted: Iterable[str]) -> tuple[str, str] | None:

@@ -15,12 +15,16 @@ from ldmkit.data.formats.columns import (
     Classes,
     caption_of,
     classes_of,
+    classes_of_sets,
     huggingface_classes,
     label_of,
+    label_sets_of,
     misspelt,
     nearest,
     pick_column,
+    pick_label_columns,
     require_unicode,
+    with_labels,
 )
 from ldmkit.data.formats.folder import files_below
 from ldmkit.data.formats.scalars import missing_columns, scalars_of
@@ -40,7 +44,8 @@ class Columns(NamedTuple):
 
     file_name: str
     caption: str | None
-    label: str | None
+    labels: tuple[str, ...]
+    """One for each label set."""
     scalars: tuple[str, ...]
 
 
@@ -51,7 +56,7 @@ class Line(NamedTuple):
     key: str
     """Path of the picture below the data's root."""
     caption: str
-    label: object
+    labels: tuple[object, ...]
     objects: object
     others: tuple[str, ...]
     """Paths in other `*_file_name` columns."""
@@ -71,7 +76,7 @@ def scan_metadata(config: SourceConfig) -> Source:
     if not tables:
         raise DataError(f"no table in {root}: one of {', '.join(TABLES)} is needed")
     lines: list[Line] = []
-    names: list[str] = []
+    names: list[list[str]] = [[] for _ in config.label_column or LABEL_COLUMNS]
     seen: dict[str, None] = {}
     for name in tables:
         try:
@@ -79,22 +84,30 @@ def scan_metadata(config: SourceConfig) -> Source:
             table = read_table(Path(root, name), problems)
             columns = _columns(table, f"{root}/{name}", config, problems)
             seen |= dict.fromkeys(table.columns)
-            names = names or huggingface_classes(table.metadata, columns.label)
+            for place, column in enumerate(columns.labels):
+                names[place] = names[place] or huggingface_classes(table.metadata, column)
             lines += _lines(table, columns, name, problems)
         except DataError as error:
             problems.append(Problem("bad table", f"{root}/{name}", str(error), "fatal"))
     problems += missing_columns(config.scalars, seen, root)
-    classes = classes_of((line.label for line in lines), names)
+    classes = classes_of_sets([line.labels for line in lines], names)
     boxes = classes_of(_categories(lines))
     items: dict[str, Item] = {}
     for line in lines:
         try:
             _require_new(line, items)
-            items[line.key] = _item(line, root, sizes, (classes, boxes), problems)
+            item = _item(line, root, sizes, boxes, problems)
+            items[line.key] = with_labels(item, line.labels, classes, line.where)
         except DataError as error:
             problems.append(Problem(_kind(line, sizes, items), line.where, str(error)))
     _name_the_rest(root, sizes, lines, problems)
-    return Source(list(items.values()), classes.names, boxes.names, tuple(problems))
+    return Source(
+        list(items.values()),
+        classes[0].names,
+        boxes.names,
+        tuple(problems),
+        label_sets=label_sets_of(config.label_column, classes),
+    )
 
 
 def has_table(folder: Path) -> bool:
@@ -124,19 +137,20 @@ def _columns(table: Table, where: str, config: SourceConfig, problems: list[Prob
             f"{first} has no column {FILE_NAME}{found}; {EXAMPLES[Path(where).suffix]} "
             "(to read the folder without its table: --format folder)"
         )
-    chosen = []
-    for asked, known, option in (
-        (config.caption_column, CAPTION_COLUMNS, "--caption-column"),
-        (config.label_column, LABEL_COLUMNS, "--label-column"),
+    caption = pick_column(
+        table.columns, config.caption_column, CAPTION_COLUMNS, "--caption-column", where
+    )
+    labels = pick_label_columns(table.columns, config.label_column, where)
+    for there, known, option in (
+        (caption is not None, CAPTION_COLUMNS, "--caption-column"),
+        (bool(labels), LABEL_COLUMNS, "--label-column"),
     ):
-        column = pick_column(table.columns, asked, known, option, where)
-        close = misspelt(table.columns, known) if column is None else None
+        close = None if there else misspelt(table.columns, known)
         if close is not None:
             text = f"{where} has a column {close[0]}, which is not read: did you mean {close[1]}?"
             text += f" Rename it, or give {option} {close[0]}"
             problems.append(Problem("unknown column", where, text, "warning"))
-        chosen.append(column)
-    return Columns((preferred or files)[0], chosen[0], chosen[1], config.scalars or ())
+    return Columns((preferred or files)[0], caption, labels, config.scalars or ())
 
 
 def _lines(table: Table, columns: Columns, name: str, problems: list[Problem]) -> list[Line]:
@@ -156,7 +170,8 @@ def _lines(table: Table, columns: Columns, name: str, problems: list[Problem]) -
 
 
 def _line(row: Row, columns: Columns, folder: str, example: str) -> Line:
-    used = [name for name in columns[:3] if name is not None]
+    named = (columns.file_name, columns.caption, *columns.labels)
+    used = [name for name in named if name is not None]
     missing = [name for name in used if name not in row.values]
     typo = misspelt([name for name in row.values if name not in used], missing)
     if typo is not None:
@@ -175,7 +190,7 @@ def _line(row: Row, columns: Columns, folder: str, example: str) -> Line:
             values.get(columns.caption) if columns.caption else None,
             f"{row.where}, column {columns.caption}",
         ),
-        values.get(columns.label) if columns.label else None,
+        tuple(values.get(name) for name in columns.labels),
         values.get(OBJECTS),
         tuple(
             _key(values[name], folder, f"{row.where}, column {name}")
@@ -214,7 +229,7 @@ def _item(
     line: Line,
     root: str,
     sizes: dict[str, int],
-    classes: tuple[Classes, Classes],
+    boxes: Classes,
     problems: list[Problem],
 ) -> Item:
     if line.key not in sizes:
@@ -228,10 +243,9 @@ def _item(
     return Item(
         key=line.key,
         picture=picture,
-        label=label_of(line.label, classes[0], line.where),
         caption=line.caption,
         mask=Span(f"{root}/{mask}", 0, sizes[mask]) if mask in sizes else None,
-        boxes=_boxes(line, picture, classes[1], problems),
+        boxes=_boxes(line, picture, boxes, problems),
         scalars=line.scalars,
     )
 

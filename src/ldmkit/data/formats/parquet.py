@@ -15,10 +15,12 @@ from ldmkit.data.formats.columns import (
     CAPTION_COLUMNS,
     LABEL_COLUMNS,
     caption_of,
-    classes_of,
+    classes_of_sets,
     huggingface_classes,
-    label_of,
+    label_sets_of,
     pick_column,
+    pick_label_columns,
+    with_labels,
 )
 from ldmkit.data.formats.folder import files_below
 from ldmkit.data.formats.parquet_cells import (
@@ -38,12 +40,12 @@ ROWS_AT_ONCE = 4096
 
 
 class Raw(NamedTuple):
-    """One row, its label not yet an index and its scalars not yet numbers."""
+    """One row, its labels not yet indices and its scalars not yet numbers."""
 
     key: str
     cell: ParquetCell
     caption: object
-    label: object
+    labels: tuple[object, ...]
     scalars: dict[str, object]
 
 
@@ -52,7 +54,8 @@ class Columns(NamedTuple):
 
     picture: str
     caption: str | None
-    label: str | None
+    labels: tuple[str, ...]
+    """One for each label set."""
     scalars: tuple[str, ...]
     """Those of the scalars that this file has."""
     all: list[str]
@@ -72,7 +75,7 @@ def scan_parquet(config: SourceConfig) -> Source:
     if not files:
         raise DataError(f"no parquet file in {config.data}")
     rows: list[Raw] = []
-    names: list[str] = []
+    names: list[list[str]] = [[] for _ in config.label_column or LABEL_COLUMNS]
     seen: dict[str, None] = {}
     for name, path in files.items():
         try:
@@ -80,26 +83,27 @@ def scan_parquet(config: SourceConfig) -> Source:
         except DataError as error:
             problems.append(Problem("damaged parquet file", path, str(error), "fatal"))
     problems += missing_columns(config.scalars, seen, config.data)
-    classes = classes_of((row.label for row in rows), names)
+    classes = classes_of_sets([row.labels for row in rows], names)
     items = []
     for row in rows:
         try:
-            label = label_of(row.label, classes, row.cell.name)
             caption = caption_of(row.caption, row.cell.name)
             where = f"{row.cell.file}, row {row.cell.number}"
             scalars = scalars_of(row.scalars, config.scalars, where)
+            item = Item(row.key, row.cell, caption=caption, scalars=scalars)
+            items.append(with_labels(item, row.labels, classes, row.cell.name))
         except DataError as error:
             problems.append(Problem("bad row", row.cell.name, str(error)))
             continue
-        items.append(Item(row.key, row.cell, label, caption, scalars=scalars))
         if row.caption is not None and not caption:
             text = f"{row.cell.name}: the caption is empty"
             problems.append(Problem(EMPTY_CAPTION, row.key, text, "warning"))
-    return Source(items, classes.names, problems=tuple(problems))
+    sets = label_sets_of(config.label_column, classes)
+    return Source(items, classes[0].names, problems=tuple(problems), label_sets=sets)
 
 
 def _scan_file(
-    name: str, path: str, config: SourceConfig, names: list[str], seen: dict[str, None]
+    name: str, path: str, config: SourceConfig, names: list[list[str]], seen: dict[str, None]
 ) -> list[Raw]:
     """The rows of one file; the class names are those of the first file that has some.
 
@@ -107,18 +111,20 @@ def _scan_file(
         name: of the file in keys.
         path: of the file.
         config: which columns to read.
-        names: of the classes, added to.
+        names: of the classes of each label set, added to.
         seen: names of all columns so far, added to.
     """
     with parquet_errors(path):
         file = open_parquet(path)
         columns = _columns(file.schema_arrow, path, config)
         seen.update(dict.fromkeys(columns.all))
-        found = huggingface_classes(file.schema_arrow.metadata, columns.label)
-        if names and found and found != names:
+        metadata = file.schema_arrow.metadata
+        found = [huggingface_classes(metadata, column) for column in columns.labels]
+        if any(old and new and old != new for old, new in zip(names, found, strict=False)):
             raise DataError(f"{path} has other class names than the files before it")
         rows = list(_rows(file, name, path, columns))
-    names[:] = names or found
+    for place, new in enumerate(found):
+        names[place] = names[place] or new
     return rows
 
 
@@ -143,7 +149,7 @@ def _columns(schema: Any, path: str, config: SourceConfig) -> Columns:  # noqa: 
     return Columns(
         pictures[(known or list(pictures))[0]],
         pick_column(schema.names, config.caption_column, CAPTION_COLUMNS, "--caption-column", path),
-        pick_column(schema.names, config.label_column, LABEL_COLUMNS, "--label-column", path),
+        pick_label_columns(schema.names, config.label_column, path),
         tuple(name for name in config.scalars or () if name in schema.names),
         list(schema.names),
     )
@@ -172,18 +178,16 @@ def _rows(file: Any, name: str, path: str, columns: Columns) -> Iterator[Raw]:  
         size = chunk_of(file, group, columns.picture).total_compressed_size
         for row, values in enumerate(_values(file, group, columns)):
             cell = ParquetCell(path, group, row, columns.picture, number + 1, size)
-            caption, label = (
-                values.get(column) if column else None
-                for column in (columns.caption, columns.label)
-            )
+            caption = values.get(columns.caption) if columns.caption else None
+            labels = tuple(values.get(column) for column in columns.labels)
             scalars = {column: values.get(column) for column in columns.scalars}
-            yield Raw(f"{name}/{number:0{digits}d}", cell, caption, label, scalars)
+            yield Raw(f"{name}/{number:0{digits}d}", cell, caption, labels, scalars)
             number += 1
 
 
 def _values(file: Any, group: int, columns: Columns) -> Iterator[dict[str, object]]:  # noqa: ANN401
-    """Caption, label and scalars of each row of a group, by column."""
-    known = (columns.caption, columns.label, *columns.scalars)
+    """Caption, labels and scalars of each row of a group, by column."""
+    known = (columns.caption, *columns.labels, *columns.scalars)
     wanted = list(dict.fromkeys(name for name in known if name is not None))
     if not wanted:
         for _ in range(file.metadata.row_group(group).num_rows):
