@@ -1,6 +1,7 @@
 """From seeds and what they are told to latents: a model, guidance, a grid and a sampler put together."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -34,6 +35,10 @@ from ldmkit.tensors import Latents, Noise
 
 Settled = Condition | Branches | BothConditions
 """The condition of all samples, of one model or as guidance takes it."""
+
+
+Encode = Callable[[LatentDiffusion, Values], Condition]
+"""A model and what its samples are told, received -> their condition."""
 
 
 class Guide(NamedTuple):
@@ -72,6 +77,8 @@ def draw_latents(
     shape: Sequence[int],
     noise: Noise,
     manner: Manner,
+    encode: Encode = LatentDiffusion.condition,
+    on_estimate: Callable[[int, Latents], None] | None = None,
 ) -> Latents:
     """Raw latents `[n, z, h, w]` on the model's device.
 
@@ -81,12 +88,17 @@ def draw_latents(
         shape: n, z, h, w.
         noise: source of unit noise, of which the start is drawn first.
         manner: sampler, grid and guidance.
+        encode: what makes conditions, such as one that remembers those it made.
+        on_estimate: called after each model call, with its number from 0 and the clean raw latents that
+            it expected.
 
     Raises:
         ValueError: the schedule has no such grid, or the sampler no such settings.
     """
     sigmas = levels_of(model.schedule, manner)
-    denoise = denoise_at(model, values, manner.guide, sigmas)
+    denoise = denoise_at(model, values, manner.guide, sigmas, encode)
+    if on_estimate is not None:
+        denoise = _watched(denoise, lambda call, clean: on_estimate(call, model.unwhiten(clean)))
     start = noise(torch.empty(*shape, device=model.latent_mean.device))
     clean = run_sampler(
         manner.sampler,
@@ -126,7 +138,11 @@ def guide_together(conditions: Sequence[ConditionConfig], weight: float) -> Guid
 
 
 def denoise_at(
-    model: LatentDiffusion, values: Values, guide: Guide | None, sigmas: Levels
+    model: LatentDiffusion,
+    values: Values,
+    guide: Guide | None,
+    sigmas: Levels,
+    encode: Encode = LatentDiffusion.condition,
 ) -> DenoiseAt:
     """The model with everything settled but latents and noise level.
 
@@ -135,12 +151,15 @@ def denoise_at(
         values: what the samples are told.
         guide: what guides it.
         sigmas: the sampler's noise levels, over which weights may grow.
+        encode: what makes conditions.
     """
     told = model.received(values)
-    denoise: Denoise = _seeing(model)
-    condition: Settled = model.condition(told)
-    if guide is not None:
-        denoise, condition = _guided(model, told, guide, sigmas)
+    denoise: Denoise
+    condition: Settled
+    if guide is None:
+        denoise, condition = _seeing(model), encode(model, told)
+    else:
+        denoise, condition = _guided(model, told, guide, sigmas, encode)
     models = (model, *((guide.weaker,) if guide and guide.weaker else ()))
     if not any(one.config.unet.self_conditioning for one in models):
         return lambda x, sigma: denoise(x, sigma, condition)
@@ -150,6 +169,18 @@ def denoise_at(
 
     remembered = remembering(denoise_seeing)
     return lambda x, sigma: remembered(x, sigma, Condition())
+
+
+def _watched(denoise: DenoiseAt, watch: Callable[[int, Latents], None]) -> DenoiseAt:
+    """The same, and what it gives is shown."""
+    calls = itertools.count()
+
+    def watched(x: Latents, sigma: Tensor) -> Latents:
+        clean = denoise(x, sigma)
+        watch(next(calls), clean)
+        return clean
+
+    return watched
 
 
 def seeded_noise(seeds: Sequence[int]) -> Noise:
@@ -164,19 +195,19 @@ def seeded_noise(seeds: Sequence[int]) -> Noise:
 
 
 def _guided(
-    model: LatentDiffusion, told: Values, guide: Guide, sigmas: Levels
+    model: LatentDiffusion, told: Values, guide: Guide, sigmas: Levels, encode: Encode
 ) -> tuple[Denoise, Branches | BothConditions]:
     """A guided `Denoise`, and the condition to give to it."""
     guidance = guide.guidance._replace(growth=growing(guide.growth, sigmas))
-    whole = model.condition(told)
+    whole = encode(model, told)
     if guide.weaker is not None:
-        both = BothConditions(whole, guide.weaker.condition(told))
+        both = BothConditions(whole, encode(guide.weaker, told))
         return autoguided(_seeing(model), _seeing(guide.weaker), guidance), both
     empty = model.empty(told)
     if guide.negative is not None:
         empty["text"] = guide.negative.to(empty["text"]).expand_as(empty["text"])
     parts = [
-        model.condition(_told_in(branch, guide.groups, told, empty))
+        encode(model, _told_in(branch, guide.groups, told, empty))
         for branch in branches(len(guide.groups), guidance.combination)
     ]
     return classifier_free(_seeing(model), guidance), Branches(whole, reduce(stacked, parts))

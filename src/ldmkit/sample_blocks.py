@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ldmkit.container import read_headers
 from ldmkit.data.latents import unragged
 from ldmkit.errors import DataError
-from ldmkit.facts import SampleFacts, validated
-from ldmkit.modelfile import load_messages
+from ldmkit.facts import SampleFacts, SamplesSeen, validated
+from ldmkit.modelfile import load_messages, require_kind
 from ldmkit.tensors import Images, Latents
 
-COLUMNS = ("latents", "seed", "told.bytes", "told.offsets")
+TOLD = "told"
+COLUMNS = ("latents", "seed", f"{TOLD}.bytes", f"{TOLD}.offsets")
 IMAGE, HOLE = "image", "hole"
+PATH = "path"
+Paths = Float[Tensor, "batch kept latent_channels y x"]
 
 
 class Inpainted(NamedTuple):
@@ -40,7 +44,35 @@ class Block(NamedTuple):
     inpainted: Inpainted | None
     digests: list[str]
     """Of the columns that decide each sample's picture (16 hex digits)."""
+    path: Paths | None
+    """Clean estimates on the way to each sample, where they were kept."""
     facts: SampleFacts
+
+
+def share_of(total: int, part: tuple[int, int]) -> range:
+    """The numbers of the samples in a part of a job: fixed ranges that cover all once.
+
+    Args:
+        total: samples of all parts.
+        part: which one, from 1, and of how many.
+    """
+    number, parts = part
+    return range(total * (number - 1) // parts, total * number // parts)
+
+
+def count_samples(path: Path) -> int:
+    """How many samples a file has, from the headers of its messages alone.
+
+    Raises:
+        DataError: it cannot be read, or holds no samples.
+    """
+    count = 0
+    for header in read_headers(path):
+        require_kind(header, "samples", str(path))
+        if "seed" not in header.tensors:
+            raise DataError(f"{path} lacks the column seed")
+        count += header.tensors["seed"].shape[0]
+    return count
 
 
 def read_samples(path: Path) -> Iterator[Block]:
@@ -64,14 +96,15 @@ def read_sample_stream(file: BufferedIOBase, source: str) -> Iterator[Block]:
         source: how to call it in errors.
 
     Raises:
-        DataError: a block is cut off, damaged, or of another kind.
+        DataError: a block is cut off, damaged, or of another kind, or samples are missing.
     """
+    complete = SamplesSeen(source)
     for header, tensors in load_messages(file, source, kind="samples"):
         facts = validated(SampleFacts, header.facts, source)
         for name in COLUMNS:
             if name not in tensors:
                 raise DataError(f"{source} lacks the column {name}")
-        lines = unragged(tensors["told.bytes"].numpy(), tensors["told.offsets"].numpy())
+        lines = unragged(*(tensors[f"{TOLD}.{name}"].numpy() for name in ("bytes", "offsets")))
         latents, seeds = tensors["latents"], tensors["seed"].tolist()
         if not len(latents) == len(seeds) == len(lines):
             raise DataError(f"{source} has columns of several lengths")
@@ -79,7 +112,14 @@ def read_sample_stream(file: BufferedIOBase, source: str) -> Iterator[Block]:
         inpainted = _inpainted(tensors, source)
         decisive = [tensors[name] for name in ("latents", IMAGE, HOLE) if name in tensors]
         digests = [_digest(decisive, row) for row in range(len(latents))]
-        yield Block(latents, seeds, told, inpainted, digests, facts)
+        path = tensors.get(PATH)
+        if path is not None and (path.ndim != 5 or len(path) != len(latents)):
+            raise DataError(
+                f"{source}: {PATH} is to be [{len(latents)}, k, z, h, w], and is {list(path.shape)}"
+            )
+        complete.add(facts, len(seeds))
+        yield Block(latents, seeds, told, inpainted, digests, path, facts)
+    complete.close()
 
 
 def words_of(told: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """`ldmkit decode`: sampled latents in, pictures out."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,70 +17,38 @@ from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.conditioning.mask import blended
 from ldmkit.configs import STREAM
 from ldmkit.data.tar_members import END
-from ldmkit.decode_configs import DecodeConfig, PictureFormat
+from ldmkit.decode_configs import DecodeConfig
 from ldmkit.durable import atomic_file, sweep_temporaries
 from ldmkit.errors import DataError, UsageError
-from ldmkit.facts import AutoencoderFacts
 from ldmkit.modelfile import versions
-from ldmkit.output.contact_sheet import MAX_PICTURES, Thumbnail, contact_sheet, thumbnail
+from ldmkit.output.animation import MAX_PICTURES as MAX_MOVING
+from ldmkit.output.animation import Frame
+from ldmkit.output.contact_sheet import MAX_PICTURES, Thumbnail, contact_sheet
 from ldmkit.output.formats import (
     FORMATS,
-    Note,
     choose_format,
-    encode_picture,
-    pixels_of_file,
-    units_of,
 )
 from ldmkit.output.listing import Listing
-from ldmkit.output.provenance import KEY, Provenance, as_text, provenance_of
+from ldmkit.output.provenance import KEY, as_text, provenance_of
 from ldmkit.output.tar import tar_member
 from ldmkit.output.threads import in_order, read_ahead
+from ldmkit.output.writing import Manner, Picture, Written, moving_sheet, write_picture
 from ldmkit.pixels import OneImage, save_png
-from ldmkit.sample_blocks import Block, read_sample_stream, read_samples, words_of
+from ldmkit.sample_blocks import (
+    Block,
+    count_samples,
+    read_sample_stream,
+    read_samples,
+    share_of,
+    words_of,
+)
+from ldmkit.tensors import Latents
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import groups_of, pick_device
 
 RECORD_VERSION = 1
-
-
-class Picture(NamedTuple):
-    """One picture on its way to a file."""
-
-    number: int
-    """Of the sample, in the whole stream."""
-    name: str
-    """Of the file, without suffix."""
-    told: dict[str, Any]
-    record: Provenance
-    shown: bool
-    """Whether it stands in the sheet."""
-    image: OneImage | None
-    """None where its file is there already."""
-
-
-class Written(NamedTuple):
-    """What is left of a picture once it is encoded, and in the directory if it goes there."""
-
-    number: int
-    name: str
-    record: Provenance
-    data: bytes
-    small: Thumbnail | None
-
-
-class Manner(NamedTuple):
-    """What is known before the first sample is read."""
-
-    config: DecodeConfig
-    format: PictureFormat
-    facts: AutoencoderFacts
-    device: torch.device
-    source: str
-    """How to call the samples in errors."""
-
-    def path(self, name: str) -> Path:
-        """Where the picture of that name lies."""
-        return self.config.out / f"{name}.{FORMATS[self.format].suffix}"
+ANY = range(1 << 62)
+"""The numbers of samples in a pipe, whose end is not known."""
 
 
 def decode(
@@ -115,32 +84,40 @@ def decode(
         if config.part == (1, 1):  # else what is unfinished may be another job's at work
             sweep_temporaries(config.out)
     small: dict[int, Thumbnail] = {}  # by number: what is there already comes before its time
+    moving: dict[int, list[Frame]] = {}
     written = 0
     with ExitStack() as stack:
         reading = read_sample_stream(stream, source) if stream else read_samples(config.samples)
         blocks = stack.enter_context(closing(read_ahead(reading)))
         first = next(blocks, None)
-        if first is None or not first.facts.total:
+        if first is None:
             raise DataError(f"{source} holds no samples")
-        require_same_autoencoder(first.facts.autoencoder, config.ae, f"the samples in {source}")
         if config.feather and first.inpainted is None:
             raise UsageError(f"--feather: the samples in {source} carry no pictures with holes")
-        mine = share_of(first.facts.total, config.part)
+        total = first.facts.total if stream else count_samples(config.samples)
+        if not total:
+            raise DataError(f"{source} holds no samples")
+        if config.animate != "none" and first.path is None:
+            raise UsageError(f"--animate: draw the samples in {source} with --keep-path")
+        mine = share_of(total, config.part)
         listing, add = None, None
         if config.tar is None:
             listing = stack.enter_context(Listing(config.out, config.part))
         else:
             add = stack.enter_context(_tar(manner, config.tar, output))
         progress = stack.enter_context(track("decode", len(mine), unit="picture"))
-        pictures = _pictures(_whole(first, blocks, source), mine, model, manner, listing)
+        all_blocks = itertools.chain([first], blocks)
+        pictures = _pictures(all_blocks, ANY if stream else mine, model, manner, listing)
         ahead = max(2 * config.writers, config.batch_size)
-        for one in in_order(lambda x: _write(x, manner), pictures, config.writers, ahead):
+        for one in in_order(lambda x: write_picture(x, manner), pictures, config.writers, ahead):
             if add is not None:
                 add(one)
             elif listing is not None and config.provenance:
                 listing.add(manner.path(one.name).name, one.record)
             if one.small is not None:
                 small[one.number] = one.small
+            if one.frames:
+                moving[one.number] = one.frames
             written += 1
             progress.advance()
     place = config.out if config.tar is None else config.tar
@@ -154,6 +131,10 @@ def decode(
         )
         with atomic_file(sheet) as temporary:
             save_png(temporary, pixels)
+    if moving and sheet is not None:
+        frames = moving_sheet([moving[number] for number in sorted(moving)], config)
+        with atomic_file(sheet.with_suffix(f".denoising.{config.animate}")) as temporary:
+            temporary.write_bytes(frames)
     say(f"{written} pictures{f' and {sheet.name}' if small and sheet else ''} in {place}")
     return None if place == STREAM else place
 
@@ -169,23 +150,6 @@ def picture_name(seed: int, words: str) -> str:
     return f"{seed:06d}-{slug}" if slug else f"{seed:06d}"
 
 
-def share_of(total: int, part: tuple[int, int]) -> range:
-    """The numbers of the samples that a part of the job decodes: fixed ranges that cover all once."""
-    number, parts = part
-    return range(total * (number - 1) // parts, total * number // parts)
-
-
-def _whole(first: Block, others: Iterator[Block], source: str) -> Iterator[Block]:
-    """All blocks; that they are as many samples as the first one says is checked at the end."""
-    yield first
-    seen = len(first.seeds)
-    for block in others:
-        yield block
-        seen += len(block.seeds)
-    if seen != first.facts.total:
-        raise DataError(f"{source} ended after {seen} of {first.facts.total} samples")
-
-
 def _pictures(
     blocks: Iterator[Block],
     mine: range,
@@ -194,8 +158,11 @@ def _pictures(
     listing: Listing | None,
 ) -> Iterator[Picture]:
     """The pictures to write, decoded in groups, and those that are there already."""
-    start, names = 0, set[str]()
+    start, names, made_by = 0, set[str](), ""
     for block in blocks:
+        if block.facts.autoencoder != made_by:  # `cat` may have joined samples of several
+            made_by = block.facts.autoencoder
+            require_same_autoencoder(made_by, manner.config.ae, f"the samples in {manner.source}")
         todo: list[tuple[int, Picture]] = []
         for row in range(len(block.seeds)):
             if start + row not in mine:
@@ -211,18 +178,32 @@ def _pictures(
         start += len(block.seeds)
         for group, kept in _groups(len(todo), manner):
             rows = torch.tensor([todo[place][0] for place in group])
-            for place, image in zip(
-                group, _decoded(block, rows, kept, model, manner), strict=False
-            ):
-                picture = todo[int(place)][1]
+            images = _decoded(block, block.latents[rows], rows, kept, model, manner)
+            for place, image in zip(group.tolist(), images, strict=False):
+                row, picture = todo[place]
                 if listing is not None:
                     listing.forget(manner.path(picture.name).name)
-                yield picture._replace(image=image)
+                frames = tuple(_on_the_way(block, row, model, manner))
+                yield picture._replace(image=image, frames=frames)
+
+
+def _on_the_way(block: Block, row: int, model: Autoencoder, manner: Manner) -> Iterator[OneImage]:
+    """What was expected before a sample was finished, where it is to be shown."""
+    if manner.config.animate == "none":
+        return
+    if block.path is None:
+        raise DataError(
+            f"--animate: some of the samples in {manner.source} are drawn without --keep-path"
+        )
+    for group, kept in _groups(block.path.shape[1], manner):
+        rows = torch.full_like(group, row)
+        yield from _decoded(block, block.path[row, group], rows, kept, model, manner)
 
 
 def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -> Picture:
     config, told = manner.config, block.told[row]
-    shown = number - mine.start < MAX_PICTURES and _sheet_path(config) is not None
+    place = number - mine.start if _sheet_path(config) is not None else MAX_PICTURES
+    shown = place < MAX_PICTURES, place < MAX_MOVING and config.animate != "none"
     decoded: dict[str, Any] = {"format": manner.format}
     if manner.format in ("jpg", "webp"):
         decoded["quality"] = config.quality
@@ -230,6 +211,8 @@ def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -
         decoded["tile"] = config.tile
     if block.inpainted is not None:
         decoded["feather"] = config.feather
+    if config.animate != "none" and block.path is not None:
+        decoded["animate"] = [config.animate, block.path.shape[1]]
     record = {
         KEY: RECORD_VERSION,
         "seed": block.seeds[row],
@@ -242,13 +225,15 @@ def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -
         "versions": {"sampled": block.facts.versions, "decoded": versions()},
     }
     name = picture_name(block.seeds[row], words_of(told))
-    return Picture(number, name, told, record, shown, None)
+    group = str(told.get("class", words_of(told)))
+    return Picture(number, name, group, record, *shown, None)
 
 
 def _there(picture: Picture, manner: Manner, listing: Listing) -> bool:
     """Whether the picture's file is there and was made of the same, by whatever versions."""
     path = manner.path(picture.name)
-    if not path.is_file():
+    moving = manner.config.animate == "none" or manner.animation(picture.name).is_file()
+    if not (path.is_file() and moving):
         return False
     try:
         carries = FORMATS[manner.format].carries_text
@@ -262,9 +247,10 @@ def _there(picture: Picture, manner: Manner, listing: Listing) -> bool:
 
 @torch.inference_mode()
 def _decoded(
-    block: Block, rows: Tensor, kept: int, model: Autoencoder, manner: Manner
+    block: Block, latents: Latents, rows: Tensor, kept: int, model: Autoencoder, manner: Manner
 ) -> Iterator[OneImage]:
-    images = model.decode(block.latents[rows].to(manner.device))[:kept].float()
+    """The pictures of the first `kept` of some latents, which belong to these rows of the block."""
+    images = model.decode(latents.to(manner.device))[:kept].float()
     if block.inpainted is not None:
         given, holes = (x[rows[:kept]].to(manner.device) for x in block.inpainted)
         if given.shape != images.shape:
@@ -281,27 +267,6 @@ def _groups(count: int, manner: Manner) -> Iterator[tuple[Tensor, int]]:
     if manner.config.tile:
         return ((torch.tensor([number]), 1) for number in range(count))
     return groups_of(count, manner.config.batch_size, manner.device)
-
-
-def _write(picture: Picture, manner: Manner) -> Written:
-    """Encode a picture, and put it into the directory if it goes there; in any thread."""
-    config, path = manner.config, manner.path(picture.name)
-    units = units_of(manner.facts)
-    if picture.image is not None:
-        text = as_text(picture.record) if config.provenance else ""
-        note = Note(text, config.quality, picture.name)
-        data = encode_picture(picture.image, manner.format, units, note)
-        if config.tar is None:
-            with atomic_file(path) as temporary:
-                temporary.write_bytes(data)
-    else:
-        data = path.read_bytes() if picture.shown else b""
-    small = None
-    if picture.shown:  # of the file's bytes, so that a resumed job's sheet is the same
-        pixels = pixels_of_file(data, manner.format, manner.facts.image_channels, units)
-        group = str(picture.told.get("class", words_of(picture.told)))
-        small = thumbnail(pixels[0], picture.name, group)
-    return Written(picture.number, picture.name, picture.record, data if config.tar else b"", small)
 
 
 def _sheet_path(config: DecodeConfig) -> Path | None:
@@ -328,6 +293,8 @@ def _tar(
 
         def add(one: Written) -> None:
             file.write(tar_member(manner.path(one.name).name, one.data))
+            if one.moving:
+                file.write(tar_member(manner.animation(one.name).name, one.moving))
             if manner.config.provenance:
                 file.write(tar_member(f"{one.name}.json", as_text(one.record).encode()))
 
