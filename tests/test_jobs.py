@@ -27,6 +27,7 @@ from ldmkit.drawing import Manner, draw_latents, guide_together, seeded_noise
 from ldmkit.encodings import Encodings
 from ldmkit.errors import DataError, InterruptedRun, OutOfMemoryError, StorageError, UsageError
 from ldmkit.generation_configs import SampleConfig
+from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import load, load_messages, save
 from ldmkit.output.animation import animation, frames_of
 from ldmkit.recipes import sample as recipe
@@ -50,8 +51,8 @@ def draw(ldm, tmp_path):
     def call(name="s", **settings) -> bytes:
         config = {"model": ldm, "out": tmp_path / name, "num": COUNT, "steps": 3, "device": "cpu"}
         config |= {"prompt": ("a", "b", "c"), "batch_size": 2}
-        out = ldmkit.sample(SampleConfig.model_validate(config | settings))
-        assert out == tmp_path / name
+        out = tmp_path / name
+        assert ldmkit.sample(SampleConfig.model_validate(config | settings)) == out
         return out.read_bytes() if out.is_file() else b""
 
     return call
@@ -276,8 +277,8 @@ def test_an_encoding_is_made_once_and_has_the_same_bytes(ldm, monkeypatch):
     for rows in ([0, 1], [1, 0], [2, 2], [0, 2]):
         told = {kind: value[rows] for kind, value in values.items()}
         drawn = [
-            draw_latents(model, told, (2, *SHAPE), seeded_noise(rows), manner, *with_)
-            for with_ in ((), (encode,))
+            draw_latents(model, told, (2, *SHAPE), seeded_noise(rows), manner, by)
+            for by in (LatentDiffusion.condition, encode)
         ]
         assert torch.equal(*drawn)
     by_hand = 3 * 4  # told outside of the interval, told within, and the null, in each group
