@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BufferedIOBase
@@ -154,13 +155,9 @@ def read_headers(path: Path) -> Iterator[Header]:
         size = path.stat().st_size
         with path.open("rb") as file:
             while (header := _parse(file, str(path))) is not None:
-                stop = file.tell() + header.payload_bytes
-                if stop > size:
-                    raise DataError(
-                        f"{path} ends in the middle of a message; make or copy it again"
-                    )
+                stop = file.seek(header.payload_bytes, os.SEEK_CUR)
+                _require(stop <= size, f"{path} ends in the middle of a message; make it again")
                 yield header
-                file.seek(stop)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
@@ -268,6 +265,11 @@ class _Recorder:
         data = self._stream.read(count)
         self.seen += data
         return data
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise DataError(sentence)
 
 
 def _parse(file: "BufferedIOBase | _Recorder", source: str) -> Header | None:
