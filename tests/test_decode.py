@@ -25,14 +25,14 @@ from ldmkit.decode_configs import DecodeConfig
 from ldmkit.errors import DataError, StorageError, UsageError
 from ldmkit.facts import Depth, SampleFacts
 from ldmkit.modelfile import save, write_message
-from ldmkit.output import formats
+from ldmkit.output import formats, writing
 from ldmkit.output.contact_sheet import SIDE, contact_sheet, thumbnail
 from ldmkit.output.formats import FORMATS, Note, encode_picture
 from ldmkit.output.listing import Listing
 from ldmkit.output.provenance import MAX_EXIF, as_text, provenance_of
 from ldmkit.output.threads import in_order, read_ahead
 from ldmkit.pixels import grid, to_pixels
-from ldmkit.recipes import decode as recipe
+from ldmkit.sample_blocks import share_of
 
 PIXELS = 16
 TINY = AutoencoderConfig(
@@ -265,8 +265,8 @@ def test_parts_of_a_job_make_the_whole(decode):
     joined = contents(decode("parts", resume=True))
     assert {name: joined[name] for name in whole} == whole
     assert not [name for name in joined if name.endswith("jsonl") and name not in whole]
-    assert [list(recipe.share_of(7, (n, 3))) for n in (1, 2, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
-    assert list(recipe.share_of(1, (1, 2))) == []
+    assert [list(share_of(7, (n, 3))) for n in (1, 2, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert list(share_of(1, (1, 2))) == []
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "npy", "tiff16"])
@@ -274,7 +274,7 @@ def test_a_job_that_was_stopped_resumes_and_ends_with_the_same_bytes(
     name, decode, tmp_path, monkeypatch
 ):
     whole = contents(decode("whole", format=name))
-    written = recipe.atomic_file
+    written = writing.atomic_file
     count = 0
 
     def full(path):
@@ -284,10 +284,10 @@ def test_a_job_that_was_stopped_resumes_and_ends_with_the_same_bytes(
             raise StorageError("the disk is full")
         return written(path)
 
-    monkeypatch.setattr(recipe, "atomic_file", full)
+    monkeypatch.setattr(writing, "atomic_file", full)
     with pytest.raises(StorageError):
         decode("half", format=name, writers=1)
-    monkeypatch.setattr(recipe, "atomic_file", written)
+    monkeypatch.setattr(writing, "atomic_file", written)
     half = contents(tmp_path / "half")
     pictures = [key for key in half if key.endswith(FORMATS[name].suffix)]
     assert len(pictures) == 3
@@ -301,15 +301,15 @@ def test_a_job_that_was_stopped_resumes_and_ends_with_the_same_bytes(
 def decoded_again(decode, monkeypatch, out, **settings):
     """How many pictures a resumed job decodes."""
     seen = []
-    real = recipe.encode_picture
+    real = writing.encode_picture
 
     def counted(*arguments):
         seen.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(recipe, "encode_picture", counted)
+    monkeypatch.setattr(writing, "encode_picture", counted)
     decode(out, resume=True, **settings)
-    monkeypatch.setattr(recipe, "encode_picture", real)
+    monkeypatch.setattr(writing, "encode_picture", real)
     return len(seen)
 
 

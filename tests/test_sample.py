@@ -89,6 +89,7 @@ def drawn(model, out, **settings):
     """Latents from a command."""
     config = {"num": 3, "steps": 4, "device": "cpu", "prompt": ("a b",), "label": ("dog",)}
     config |= {"model": model, "out": out / "samples.safetensors"} | settings
+    config["out"].unlink(missing_ok=True)  # else one of the same samples would stay as it is
     ldmkit.sample(SampleConfig.model_validate(config))
     return load(config["out"], kind="samples")[1]["latents"]
 

@@ -1,5 +1,6 @@
 """Samplers against closed forms: order of convergence, moments, calls, all schedules and precisions."""
 
+import itertools
 import math
 
 import pytest
@@ -219,23 +220,32 @@ def test_any_number_of_calls_from_1_to_1000_fits_a_grid(name):
     sampler = SAMPLERS[name]
     steps = [sampler.grid_steps(calls) for calls in range(1, 1001)]
     assert all(1 <= found <= calls for calls, found in enumerate(steps, start=1))
-    for calls in (101, 1000):
-        seen = []
 
-        def denoise(x, sigma, seen=seen):
-            seen.append(1)
-            return x * 0
 
-        run_sampler(
-            name,
-            denoise,
-            torch.ones(1, 1, 1, 1),
-            log_grid(steps[calls - 1]),
-            calls=calls,
-            noise=torch.zeros_like,
-            settings={},
-        )
-        assert len(seen) == calls
+def calls_made(name, calls):
+    seen = itertools.count()
+
+    def denoise(x, sigma):
+        next(seen)
+        return x
+
+    steps = SAMPLERS[name].grid_steps(calls)
+    x = torch.ones(1, 1, 1, 1)
+    run_sampler(name, denoise, x, log_grid(steps), calls=calls, noise=torch.zeros_like, settings={})
+    return next(seen)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_calls_are_exact_throughout_the_range(name):
+    counts = [26, 27, 64, 99, 100, 333, 1000]
+    assert [calls_made(name, calls) for calls in counts] == counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_number_of_calls_from_1_to_1000_is_exact(name):
+    counts = list(range(1, 1001))
+    assert [calls_made(name, calls) for calls in counts] == counts
 
 
 @pytest.mark.parametrize("kind", ["zero-snr", "flow"])

@@ -16,12 +16,14 @@ This module needs no torch, so `ldmkit inspect` starts at once.
 
 import hashlib
 import json
+import math
 import mmap
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ldmkit.errors import DataError
 
@@ -88,6 +90,16 @@ class Header(NamedTuple):
         return str(self.facts.get("fingerprint", ""))
 
 
+class Column(NamedTuple):
+    """A tensor that is not in memory as a whole."""
+
+    dtype: str
+    """A key of `DTYPE_BYTES`."""
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes]]
+    """Its bytes, piece by piece, from the start at each call."""
+
+
 def metadata(kind: str, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
     """The safetensors metadata of a block of this kind."""
     value = {"format": f"ldmkit.{kind}/{FORMAT_VERSIONS[kind]}", "config": config, "facts": facts}
@@ -134,6 +146,57 @@ def read_messages(stream: BufferedIOBase, source: str) -> Iterator[tuple[Header,
         yield header, bytes(reader.seen) + payload
 
 
+def read_headers(path: Path) -> Iterator[Header]:
+    """The headers of all blocks of a file, one after the other, without their payloads.
+
+    Raises:
+        DataError: there is no such file, or it is not made of whole blocks that ldmkit wrote.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            while (header := _parse(file, str(path))) is not None:
+                stop = file.seek(header.payload_bytes, os.SEEK_CUR)
+                _require(stop <= size, f"{path} ends in the middle of a message; make it again")
+                yield header
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def write_block(
+    file: BinaryIO,
+    columns: Mapping[str, Column],
+    *,
+    kind: str,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+) -> None:
+    """Write one block whose tensors come piece by piece, so that no more than a piece is in memory.
+
+    Every piece is asked for twice: for the fingerprint, which stands before them, and to be written.
+    """
+    digest = FingerprintBuilder()
+    for name in sorted(columns):
+        digest.begin(name, columns[name].dtype, columns[name].shape)
+        for chunk in columns[name].chunks():
+            digest.go_on(memoryview(chunk))
+    facts = {**facts, "fingerprint": digest.hexdigest()}
+    table: dict[str, Any] = {"__metadata__": metadata(kind, config, facts)}
+    order = sorted(columns, key=lambda name: (-DTYPE_BYTES[columns[name].dtype], name))
+    start = 0  # wide numbers come first, as in files of safetensors, so that all lie aligned
+    for name in order:
+        dtype, shape, _ = columns[name]
+        stop = start + math.prod(shape) * DTYPE_BYTES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in order:
+        for chunk in columns[name].chunks():
+            file.write(chunk)
+
+
 def verify(header: Header, payload: memoryview, source: str) -> None:
     """Check the tensors' bytes against the fingerprint in the header.
 
@@ -169,7 +232,15 @@ class FingerprintBuilder:
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: memoryview) -> None:
         """Add one tensor: name, safetensors dtype code, shape, raw little-endian bytes."""
+        self.begin(name, dtype, shape)
+        self.go_on(data)
+
+    def begin(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """Begin a tensor that comes piece by piece."""
         self._digest.update(json.dumps([name, dtype, list(shape)]).encode())
+
+    def go_on(self, data: memoryview) -> None:
+        """Add the next bytes of the tensor that was begun."""
         with data:
             self._digest.update(data)
 
@@ -195,6 +266,11 @@ class _Recorder:
         data = self._stream.read(count)
         self.seen += data
         return data
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise DataError(sentence)
 
 
 def _parse(file: "BufferedIOBase | _Recorder", source: str) -> Header | None:

@@ -10,6 +10,7 @@ from ldmkit.data_configs import SCRATCH, TILE, TILING, Job
 from ldmkit.fields import Config, Count, Positive, argument, field
 
 PictureFormat = Literal["png", "jpg", "webp", "png16", "tiff", "tiff16", "tiff32", "npy"]
+AnimationFormat = Literal["webp", "gif"]
 
 
 class DecodeConfig(Config):
@@ -48,6 +49,11 @@ class DecodeConfig(Config):
     columns: Positive | None = field(
         None,
         "Pictures in a row of the sheet, at most (default: square, or as many as the largest class)",
+    )
+    animate: Literal["none", AnimationFormat] = field(
+        "none",
+        "Write NAME.denoising.webp or .gif for each sample, how it came out of the noise, and a sheet of the"
+        " first 64; for samples drawn with --keep-path",
     )
     labels: bool = field(False, "Write the pictures' names under them in the sheet")
     feather: Count = field(

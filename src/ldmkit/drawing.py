@@ -1,6 +1,7 @@
 """From seeds and what they are told to latents: a model, guidance, a grid and a sampler put together."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -35,6 +36,10 @@ from ldmkit.tensors import Latents, Noise
 
 Settled = Condition | Branches | BothConditions
 """The condition of all samples, of one model or as guidance takes it."""
+
+
+Encode = Callable[[LatentDiffusion, Values], Condition]
+"""A model and what its samples are told, received -> their condition."""
 
 
 class Guide(NamedTuple):
@@ -96,6 +101,8 @@ def draw_latents(
     noise: Noise,
     manner: Manner,
     origin: Origin = Origin(),  # noqa: B008 - an immutable tuple
+    encode: Encode = LatentDiffusion.condition,
+    on_estimate: Callable[[int, Latents], None] | None = None,
 ) -> Latents:
     """Raw latents `[n, z, h, w]` on the model's device.
 
@@ -106,14 +113,19 @@ def draw_latents(
         noise: source of unit noise, of which the start is drawn first.
         manner: sampler, grid and guidance.
         origin: what the samples begin with beside noise.
+        encode: what makes conditions, such as one that remembers those it made.
+        on_estimate: called after each model call, with its number from 0 and the clean raw latents that
+            it expected.
 
     Raises:
         ValueError: the schedule has no such grid, or the sampler no such settings.
     """
     sigmas = levels_of(model.schedule, manner)
-    denoise = denoise_at(model, values, manner.guide, sigmas, origin.towards)
+    denoise = denoise_at(model, values, manner.guide, sigmas, origin.towards, encode)
     unit = noise(torch.empty(*shape, device=model.latent_mean.device))
     denoise, start = _begun(model, origin, denoise, unit, float(sigmas[0]))
+    if on_estimate is not None:
+        denoise = _watched(denoise, lambda call, clean: on_estimate(call, model.unwhiten(clean)))
     clean = run_sampler(
         manner.sampler,
         denoise,
@@ -160,6 +172,7 @@ def denoise_at(
     guide: Guide | None,
     sigmas: Levels,
     towards: Destination | None = None,
+    encode: Encode = LatentDiffusion.condition,
 ) -> DenoiseAt:
     """The model with everything settled but latents and noise level.
 
@@ -169,10 +182,11 @@ def denoise_at(
         guide: what guides it.
         sigmas: the sampler's noise levels, over which weights may grow.
         towards: what else they are told, in part.
+        encode: what makes conditions.
     """
-    denoise, condition = _settled(model, values, guide, sigmas)
+    denoise, condition = _settled(model, values, guide, sigmas, encode)
     if towards is not None:
-        _, other = _settled(model, towards.values, guide, sigmas)
+        _, other = _settled(model, towards.values, guide, sigmas, encode)
         condition = _between(condition, other, towards.share)
     models = (model, *((guide.weaker,) if guide and guide.weaker else ()))
     if not any(one.config.unet.self_conditioning for one in models):
@@ -183,6 +197,18 @@ def denoise_at(
 
     remembered = remembering(denoise_seeing)
     return lambda x, sigma: remembered(x, sigma, Condition())
+
+
+def _watched(denoise: DenoiseAt, watch: Callable[[int, Latents], None]) -> DenoiseAt:
+    """The same, and what it gives is shown."""
+    calls = itertools.count()
+
+    def watched(x: Latents, sigma: Tensor) -> Latents:
+        clean = denoise(x, sigma)
+        watch(next(calls), clean)
+        return clean
+
+    return watched
 
 
 def seeded_noise(seeds: Sequence[int]) -> Noise:
@@ -212,13 +238,13 @@ def _begun(
 
 
 def _settled(
-    model: LatentDiffusion, values: Values, guide: Guide | None, sigmas: Levels
+    model: LatentDiffusion, values: Values, guide: Guide | None, sigmas: Levels, encode: Encode
 ) -> tuple[Denoise, Settled]:
     """A `Denoise`, and the condition to give to it."""
     told = model.received(values)
     if guide is not None:
-        return _guided(model, told, guide, sigmas)
-    return _seeing(model), model.condition(told)
+        return _guided(model, told, guide, sigmas, encode)
+    return _seeing(model), encode(model, told)
 
 
 def _between(first: Settled, last: Settled, share: Tensor) -> Settled:
@@ -233,19 +259,19 @@ def _between(first: Settled, last: Settled, share: Tensor) -> Settled:
 
 
 def _guided(
-    model: LatentDiffusion, told: Values, guide: Guide, sigmas: Levels
+    model: LatentDiffusion, told: Values, guide: Guide, sigmas: Levels, encode: Encode
 ) -> tuple[Denoise, Branches | BothConditions]:
     """A guided `Denoise`, and the condition to give to it."""
     guidance = guide.guidance._replace(growth=growing(guide.growth, sigmas))
-    whole = model.condition(told)
+    whole = encode(model, told)
     if guide.weaker is not None:
-        both = BothConditions(whole, guide.weaker.condition(told))
+        both = BothConditions(whole, encode(guide.weaker, told))
         return autoguided(_seeing(model), _seeing(guide.weaker), guidance), both
     empty = model.empty(told)
     if guide.negative is not None:
         empty["text"] = guide.negative.to(empty["text"]).expand_as(empty["text"])
     parts = [
-        model.condition(_told_in(branch, guide.groups, told, empty))
+        encode(model, _told_in(branch, guide.groups, told, empty))
         for branch in branches(len(guide.groups), guidance.combination)
     ]
     return classifier_free(_seeing(model), guidance), Branches(whole, reduce(stacked, parts))

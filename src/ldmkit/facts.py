@@ -86,6 +86,8 @@ class SampleFacts(Config):
     """Number of this block's first sample in the stream."""
     manner: Facts = Field(default_factory=dict)
     """How they were drawn: sampler, steps, guidance ..."""
+    asked: str | None = None
+    """sha256 of everything that decides their bytes; of samples in files, to know them again."""
     versions: dict[str, str]
 
 
@@ -170,6 +172,46 @@ class Manifest(Config):
             ):  # the page of such a set is what it was before there were any
                 dump.pop(name, None)
         return dump
+
+
+class SamplesSeen:
+    """Follows the messages of samples: one stream, or several one after the other.
+
+    A stream says in each message how many samples it has and where the message stands, so that one that
+    was cut is noticed, also between two messages, or where `cat` joined several.
+
+    Args:
+        source: how to call it in errors.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._seen = self._total = 0
+
+    def add(self, facts: SampleFacts, count: int) -> None:
+        """Note a message of `count` samples.
+
+        Raises:
+            DataError: samples before it are missing.
+        """
+        if facts.first == 0:
+            self.close()
+            self._seen, self._total = 0, facts.total
+        elif (facts.first, facts.total) != (self._seen, self._total):
+            raise DataError(
+                f"{self._source} lacks samples: after {self._seen} of {self._total} come those from "
+                f"{facts.first} of {facts.total}"
+            )
+        self._seen += count
+
+    def close(self) -> None:
+        """Note the end of a stream.
+
+        Raises:
+            DataError: it came too early.
+        """
+        if self._seen != self._total:
+            raise DataError(f"{self._source} ended after {self._seen} of {self._total} samples")
 
 
 def validated(model: type[AnyConfig], value: Any, source: str) -> AnyConfig:  # noqa: ANN401

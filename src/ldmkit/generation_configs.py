@@ -16,6 +16,7 @@ from ldmkit.fields import (
     argument,
     field,
 )
+from ldmkit.job_configs import SampleJobConfig
 from ldmkit.origin_configs import OriginConfig
 
 SamplerName = Literal[
@@ -77,7 +78,7 @@ class SamplerOptions(Config):
     )
 
 
-class SampleConfig(OriginConfig):
+class SampleConfig(OriginConfig, SampleJobConfig):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
 
     model: Path = argument("Diffusion model file")
@@ -158,10 +159,6 @@ class SampleConfig(OriginConfig):
         " or trained for less long, on the same latents",
     )
     seed: Count = field(0, "Seed of the first sample; the next ones count up")
-    batch_size: Positive = field(
-        16,
-        "Samples in a message and, but on the CPU, drawn at once; the result does not depend on it",
-    )
     device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
 
     @property

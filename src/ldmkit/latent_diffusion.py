@@ -82,7 +82,11 @@ class LatentDiffusion(nn.Module):
         Raises:
             KeyError: a condition of the model has no values.
         """
-        return joined([self._conditioner(kind)(values[kind]) for kind in self.conditioners])
+        return joined([self.condition_of(kind, values[kind]) for kind in self.conditioners])
+
+    def condition_of(self, kind: str, values: torch.Tensor) -> Condition:
+        """What one of the conditions alone says to the network, from its received values."""
+        return self._conditioner(kind)(values)
 
     def _conditioner(self, kind: str) -> Conditioner:
         return cast("Conditioner", self.conditioners[kind])

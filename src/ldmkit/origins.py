@@ -246,7 +246,7 @@ def _strip(config: SampleConfig, ask: Callable[[SampleConfig], Asked]) -> Origin
         _words_between(stops.said[one], stops.said[other], place - one)
         for one, other, place in zip(before, after, way, strict=True)
     ]
-    asked = Asked(said, lambda ns: stops.values([before[n] for n in ns]))
+    asked = Asked(said, lambda ns: stops.values([before[n] for n in ns]), stops.digest)
     return Origins(asked, noise, origin, {"between": list(seeds), "frames": frames})
 
 

@@ -17,6 +17,7 @@ from ldmkit.conditioning.frozen_text import embedded
 from ldmkit.conditioning.kind import Sides
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
 from ldmkit.configs import STREAM
+from ldmkit.container import file_digest
 from ldmkit.data.formats.tables import Row, read_jsonl, read_table
 from ldmkit.data.items import Problem
 from ldmkit.data.latent_set import LatentSet
@@ -24,6 +25,8 @@ from ldmkit.data.order import generator_for
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.errors import DataError, UsageError
 from ldmkit.generation_configs import SampleConfig
+from ldmkit.manifest import MANIFEST
+from ldmkit.modelfile import fingerprint
 
 USUAL = 16
 """Samples, where nothing says how many."""
@@ -43,6 +46,8 @@ class Asked(NamedTuple):
     """For people and for the sample file: what each sample is told, by kind of condition."""
     values: Callable[[Sequence[int]], dict[str, Tensor]]
     """Numbers of samples -> the values for the model."""
+    digest: str
+    """Of all that decides these values and what is kept."""
     kept: Callable[[Sequence[int]], dict[str, Tensor]] = lambda _: {}
     """Numbers of samples -> the pictures and holes that `decode` blends them with, where a set has them."""
 
@@ -97,6 +102,7 @@ def asked_of(
     return Asked(
         [said[turn] for turn in turns],
         lambda numbers: {kind: found[[turns[n] for n in numbers]] for kind, found in rows.items()},
+        fingerprint(rows | {"turns": torch.tensor(turns)}),
     )
 
 
@@ -298,7 +304,8 @@ def _rows_of_kind(
     """The values of all requests."""
     if isinstance(condition, EmbeddedTextCondition):
         texts = [str(request.told.get(condition.kind, "")) for request in requests]
-        return embedded(condition, texts, config.text_weights)
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        return embedded(condition, list(places), config.text_weights)[[places[t] for t in texts]]
     return torch.stack([_row(condition, request, sides) for request in requests])
 
 
@@ -347,7 +354,9 @@ def _as_the_set(
         columns = ("image", "hole") if painting else ()
         return {name: latents.rows(name, turns[list(numbers)]) for name in columns}
 
-    return Asked([{"like": latents.text("key", index)} for index in turns.tolist()], values, kept)
+    said = [{"like": latents.text("key", index)} for index in turns.tolist()]
+    digest = file_digest(directory / MANIFEST) + fingerprint({"turns": torch.from_numpy(turns)})
+    return Asked(said, values, digest, kept)
 
 
 def as_lines(said: Sequence[Mapping[str, str]]) -> list[str]:

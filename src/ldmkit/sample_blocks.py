@@ -9,20 +9,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.conditioning.mask import blended
+from ldmkit.container import read_headers
 from ldmkit.data.latents import unragged
 from ldmkit.errors import DataError
-from ldmkit.facts import SampleFacts, validated
-from ldmkit.modelfile import load_messages
+from ldmkit.facts import SampleFacts, SamplesSeen, validated
+from ldmkit.modelfile import load_messages, require_kind
 from ldmkit.pixels import OneImage
 from ldmkit.tensors import Images, Latents
 
-COLUMNS = ("latents", "seed", "told.bytes", "told.offsets")
+TOLD = "told"
+COLUMNS = ("latents", "seed", f"{TOLD}.bytes", f"{TOLD}.offsets")
 IMAGE, HOLE = "image", "hole"
+PATH = "path"
+Paths = Float[Tensor, "batch kept latent_channels y x"]
 
 
 class Inpainted(NamedTuple):
@@ -44,7 +48,35 @@ class Block(NamedTuple):
     inpainted: Inpainted | None
     digests: list[str]
     """Of the columns that decide each sample's picture (16 hex digits)."""
+    path: Paths | None
+    """Clean estimates on the way to each sample, where they were kept."""
     facts: SampleFacts
+
+
+def share_of(total: int, part: tuple[int, int]) -> range:
+    """The numbers of the samples in a part of a job: fixed ranges that cover all once.
+
+    Args:
+        total: samples of all parts.
+        part: which one, from 1, and of how many.
+    """
+    number, parts = part
+    return range(total * (number - 1) // parts, total * number // parts)
+
+
+def count_samples(path: Path) -> int:
+    """How many samples a file has, from the headers of its messages alone.
+
+    Raises:
+        DataError: it cannot be read, or holds no samples.
+    """
+    count = 0
+    for header in read_headers(path):
+        require_kind(header, "samples", str(path))
+        if "seed" not in header.tensors:
+            raise DataError(f"{path} lacks the column seed")
+        count += header.tensors["seed"].shape[0]
+    return count
 
 
 def read_samples(path: Path) -> Iterator[Block]:
@@ -68,14 +100,15 @@ def read_sample_stream(file: BufferedIOBase, source: str) -> Iterator[Block]:
         source: how to call it in errors.
 
     Raises:
-        DataError: a block is cut off, damaged, or of another kind.
+        DataError: a block is cut off, damaged, or of another kind, or samples are missing.
     """
+    complete = SamplesSeen(source)
     for header, tensors in load_messages(file, source, kind="samples"):
         facts = validated(SampleFacts, header.facts, source)
         for name in COLUMNS:
             if name not in tensors:
                 raise DataError(f"{source} lacks the column {name}")
-        lines = unragged(tensors["told.bytes"].numpy(), tensors["told.offsets"].numpy())
+        lines = unragged(*(tensors[f"{TOLD}.{name}"].numpy() for name in ("bytes", "offsets")))
         latents, seeds = tensors["latents"], tensors["seed"].tolist()
         if not len(latents) == len(seeds) == len(lines):
             raise DataError(f"{source} has columns of several lengths")
@@ -83,33 +116,26 @@ def read_sample_stream(file: BufferedIOBase, source: str) -> Iterator[Block]:
         inpainted = _inpainted(tensors, source)
         decisive = [tensors[name] for name in ("latents", IMAGE, HOLE) if name in tensors]
         digests = [_digest(decisive, row) for row in range(len(latents))]
-        yield Block(latents, seeds, told, inpainted, digests, facts)
-
-
-def whole_stream(first: Block, others: Iterator[Block], source: str) -> Iterator[Block]:
-    """All blocks; that they are as many samples as the first one says is checked at the end.
-
-    Raises:
-        DataError: there are more or fewer.
-    """
-    yield first
-    seen = len(first.seeds)
-    for block in others:
-        yield block
-        seen += len(block.seeds)
-    if seen != first.facts.total:
-        raise DataError(f"{source} ended after {seen} of {first.facts.total} samples")
+        path = tensors.get(PATH)
+        if path is not None and (path.ndim != 5 or len(path) != len(latents)):
+            raise DataError(
+                f"{source}: {PATH} is to be [{len(latents)}, k, z, h, w], and is {list(path.shape)}"
+            )
+        complete.add(facts, len(seeds))
+        yield Block(latents, seeds, told, inpainted, digests, path, facts)
+    complete.close()
 
 
 @torch.inference_mode()
 def decoded(
-    block: Block, rows: Tensor, kept: int, model: Autoencoder, feather: int = 0
+    block: Block, latents: Latents, rows: Tensor, kept: int, model: Autoencoder, feather: int = 0
 ) -> Iterator[OneImage]:
-    """The pictures of some samples, on the CPU, float32; of inpainted ones with all around the hole as given.
+    """The pictures of some latents, on the CPU, float32; of inpainted ones with all around the hole as given.
 
     Args:
-        block: the samples.
-        rows: of the block, that go through the network together.
+        block: samples.
+        latents: that go through the network together: the samples', or what was expected on the way.
+        rows: of the block, which each of the latents belongs to.
         kept: how many of them count.
         model: the autoencoder.
         feather: width of the rim around the hole in which given and decoded picture are mixed, pixels.
@@ -117,7 +143,7 @@ def decoded(
     Raises:
         DataError: given and decoded pictures differ in size.
     """
-    images = model.decode(block.latents[rows].to(model.device))[:kept].float()
+    images = model.decode(latents.to(model.device))[:kept].float()
     if block.inpainted is not None:
         given, holes = (x[rows[:kept]].to(model.device) for x in block.inpainted)
         if given.shape != images.shape:

@@ -72,12 +72,15 @@ def classifier_free(denoise: Denoise, guidance: Guidance) -> Denoise:
 
     The condition given to the result is a `Branches`. Where no sample lies within the interval, one
     call for `alone` is all. Looking that up waits for the device, so without an interval it is not.
+    Where weights of 1 leave nothing of the null, it is never asked.
 
     Raises:
         ValueError: there is no weight, or the settings make no sense.
     """
     _require_sense(guidance)
     rows = len(guidance.weights) + 1
+    if _is_none(guidance):
+        return lambda x, sigma, condition: denoise(x, sigma, condition.alone)
 
     def guided(x: Latents, sigma: Sigmas, condition: Branches) -> Latents:
         inside = _inside(guidance, sigma)
@@ -104,6 +107,8 @@ def autoguided(denoise: Denoise, weak: Denoise, guidance: Guidance) -> Denoise:
     _require_sense(guidance)
     if len(guidance.weights) != 1:
         raise ValueError(f"autoguidance takes one weight, not {len(guidance.weights)}")
+    if _is_none(guidance):
+        return lambda x, sigma, condition: denoise(x, sigma, condition.good)
 
     def guided(x: Latents, sigma: Sigmas, condition: BothConditions) -> Latents:
         good = denoise(x, sigma, condition.good)
@@ -191,6 +196,12 @@ def _require_sense(guidance: Guidance) -> None:
         raise ValueError(f"guidance interval {low:g} to {high:g}: give two rising noise levels")
     if not 0.0 <= guidance.rescale <= 1.0:
         raise ValueError(f"guidance rescale {guidance.rescale:g} is not within 0 and 1")
+
+
+def _is_none(guidance: Guidance) -> bool:
+    """Whether everything but the estimate that is told all cancels out."""
+    nested = guidance.combination == "nested" or len(guidance.weights) == 1
+    return nested and all(weight == 1.0 for weight in guidance.weights)
 
 
 def _inside(guidance: Guidance, sigma: Sigmas) -> Tensor | None:

@@ -1,10 +1,11 @@
 """`ldmkit decode`: sampled latents in, pictures out."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,78 +15,39 @@ from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.configs import STREAM
 from ldmkit.data.tar_members import END
-from ldmkit.decode_configs import DecodeConfig, PictureFormat
+from ldmkit.decode_configs import DecodeConfig
 from ldmkit.durable import atomic_file, sweep_temporaries
 from ldmkit.errors import DataError, UsageError
-from ldmkit.facts import AutoencoderFacts
 from ldmkit.modelfile import versions
-from ldmkit.output.contact_sheet import MAX_PICTURES, Thumbnail, contact_sheet, thumbnail
+from ldmkit.output.animation import MAX_PICTURES as MAX_MOVING
+from ldmkit.output.animation import Frame
+from ldmkit.output.contact_sheet import MAX_PICTURES, Thumbnail, contact_sheet
 from ldmkit.output.formats import (
     FORMATS,
-    Note,
     choose_format,
-    encode_picture,
-    pixels_of_file,
-    units_of,
 )
 from ldmkit.output.listing import Listing
-from ldmkit.output.provenance import KEY, Provenance, as_text, provenance_of
+from ldmkit.output.provenance import KEY, as_text, provenance_of
 from ldmkit.output.tar import tar_member
 from ldmkit.output.threads import in_order, read_ahead
+from ldmkit.output.writing import Manner, Picture, Written, moving_sheet, write_picture
 from ldmkit.pixels import OneImage, save_png
 from ldmkit.sample_blocks import (
     Block,
+    count_samples,
     decoded,
     picture_name,
     read_sample_stream,
     read_samples,
-    whole_stream,
+    share_of,
     words_of,
 )
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import groups_of, pick_device
 
 RECORD_VERSION = 1
-
-
-class Picture(NamedTuple):
-    """One picture on its way to a file."""
-
-    number: int
-    """Of the sample, in the whole stream."""
-    name: str
-    """Of the file, without suffix."""
-    told: dict[str, Any]
-    record: Provenance
-    shown: bool
-    """Whether it stands in the sheet."""
-    image: OneImage | None
-    """None where its file is there already."""
-
-
-class Written(NamedTuple):
-    """What is left of a picture once it is encoded, and in the directory if it goes there."""
-
-    number: int
-    name: str
-    record: Provenance
-    data: bytes
-    small: Thumbnail | None
-
-
-class Manner(NamedTuple):
-    """What is known before the first sample is read."""
-
-    config: DecodeConfig
-    format: PictureFormat
-    facts: AutoencoderFacts
-    device: torch.device
-    source: str
-    """How to call the samples in errors."""
-
-    def path(self, name: str) -> Path:
-        """Where the picture of that name lies."""
-        return self.config.out / f"{name}.{FORMATS[self.format].suffix}"
+ANY = range(1 << 62)
+"""The numbers of samples in a pipe, whose end is not known."""
 
 
 def decode(
@@ -121,32 +83,40 @@ def decode(
         if config.part == (1, 1):  # else what is unfinished may be another job's at work
             sweep_temporaries(config.out)
     small: dict[int, Thumbnail] = {}  # by number: what is there already comes before its time
+    moving: dict[int, list[Frame]] = {}
     written = 0
     with ExitStack() as stack:
         reading = read_sample_stream(stream, source) if stream else read_samples(config.samples)
         blocks = stack.enter_context(closing(read_ahead(reading)))
         first = next(blocks, None)
-        if first is None or not first.facts.total:
+        if first is None:
             raise DataError(f"{source} holds no samples")
-        require_same_autoencoder(first.facts.autoencoder, config.ae, f"the samples in {source}")
         if config.feather and first.inpainted is None:
             raise UsageError(f"--feather: the samples in {source} carry no pictures with holes")
-        mine = share_of(first.facts.total, config.part)
+        total = first.facts.total if stream else count_samples(config.samples)
+        if not total:
+            raise DataError(f"{source} holds no samples")
+        if config.animate != "none" and first.path is None:
+            raise UsageError(f"--animate: draw the samples in {source} with --keep-path")
+        mine = share_of(total, config.part)
         listing, add = None, None
         if config.tar is None:
             listing = stack.enter_context(Listing(config.out, config.part))
         else:
             add = stack.enter_context(_tar(manner, config.tar, output))
         progress = stack.enter_context(track("decode", len(mine), unit="picture"))
-        pictures = _pictures(whole_stream(first, blocks, source), mine, model, manner, listing)
+        all_blocks = itertools.chain([first], blocks)
+        pictures = _pictures(all_blocks, ANY if stream else mine, model, manner, listing)
         ahead = max(2 * config.writers, config.batch_size)
-        for one in in_order(lambda x: _write(x, manner), pictures, config.writers, ahead):
+        for one in in_order(lambda x: write_picture(x, manner), pictures, config.writers, ahead):
             if add is not None:
                 add(one)
             elif listing is not None and config.provenance:
                 listing.add(manner.path(one.name).name, one.record)
             if one.small is not None:
                 small[one.number] = one.small
+            if one.frames:
+                moving[one.number] = one.frames
             written += 1
             progress.advance()
     place = config.out if config.tar is None else config.tar
@@ -160,14 +130,12 @@ def decode(
         )
         with atomic_file(sheet) as temporary:
             save_png(temporary, pixels)
+    if moving and sheet is not None:
+        frames = moving_sheet([moving[number] for number in sorted(moving)], config)
+        with atomic_file(sheet.with_suffix(f".denoising.{config.animate}")) as temporary:
+            temporary.write_bytes(frames)
     say(f"{written} pictures{f' and {sheet.name}' if small and sheet else ''} in {place}")
     return None if place == STREAM else place
-
-
-def share_of(total: int, part: tuple[int, int]) -> range:
-    """The numbers of the samples that a part of the job decodes: fixed ranges that cover all once."""
-    number, parts = part
-    return range(total * (number - 1) // parts, total * number // parts)
 
 
 def _pictures(
@@ -178,8 +146,11 @@ def _pictures(
     listing: Listing | None,
 ) -> Iterator[Picture]:
     """The pictures to write, decoded in groups, and those that are there already."""
-    start, names = 0, set[str]()
+    start, names, made_by, feather = 0, set[str](), "", manner.config.feather
     for block in blocks:
+        if block.facts.autoencoder != made_by:  # `cat` may have joined samples of several
+            made_by = block.facts.autoencoder
+            require_same_autoencoder(made_by, manner.config.ae, f"the samples in {manner.source}")
         todo: list[tuple[int, Picture]] = []
         for row in range(len(block.seeds)):
             if start + row not in mine:
@@ -195,25 +166,41 @@ def _pictures(
         start += len(block.seeds)
         for group, kept in _groups(len(todo), manner):
             rows = torch.tensor([todo[place][0] for place in group])
-            for place, image in zip(
-                group, decoded(block, rows, kept, model, manner.config.feather), strict=False
-            ):
-                picture = todo[int(place)][1]
+            images = decoded(block, block.latents[rows], rows, kept, model, feather)
+            for place, image in zip(group.tolist(), images, strict=False):
+                row, picture = todo[place]
                 if listing is not None:
                     listing.forget(manner.path(picture.name).name)
-                yield picture._replace(image=image)
+                frames = tuple(_on_the_way(block, row, model, manner))
+                yield picture._replace(image=image, frames=frames)
+
+
+def _on_the_way(block: Block, row: int, model: Autoencoder, manner: Manner) -> Iterator[OneImage]:
+    """What was expected before a sample was finished, where it is to be shown."""
+    if manner.config.animate == "none":
+        return
+    if block.path is None:
+        raise DataError(
+            f"--animate: some of the samples in {manner.source} are drawn without --keep-path"
+        )
+    for group, kept in _groups(block.path.shape[1], manner):
+        rows = torch.full_like(group, row)
+        yield from decoded(block, block.path[row, group], rows, kept, model, manner.config.feather)
 
 
 def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -> Picture:
     config, told = manner.config, block.told[row]
-    shown = number - mine.start < MAX_PICTURES and _sheet_path(config) is not None
-    decoded: dict[str, Any] = {"format": manner.format}
+    place = number - mine.start if _sheet_path(config) is not None else MAX_PICTURES
+    shown = place < MAX_PICTURES, place < MAX_MOVING and config.animate != "none"
+    as_decoded: dict[str, Any] = {"format": manner.format}
     if manner.format in ("jpg", "webp"):
-        decoded["quality"] = config.quality
+        as_decoded["quality"] = config.quality
     if config.tile and config.tiling == "independent":
-        decoded["tile"] = config.tile
+        as_decoded["tile"] = config.tile
     if block.inpainted is not None:
-        decoded["feather"] = config.feather
+        as_decoded["feather"] = config.feather
+    if config.animate != "none" and block.path is not None:
+        as_decoded["animate"] = [config.animate, block.path.shape[1]]
     record = {
         KEY: RECORD_VERSION,
         "seed": block.seeds[row],
@@ -221,18 +208,20 @@ def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -
         "diffusion": block.facts.diffusion,
         "autoencoder": manner.facts.fingerprint,
         "manner": block.facts.manner,
-        "decoded": decoded,
+        "decoded": as_decoded,
         "latents": block.digests[row],
         "versions": {"sampled": block.facts.versions, "decoded": versions()},
     }
     name = picture_name(block.seeds[row], words_of(told))
-    return Picture(number, name, told, record, shown, None)
+    group = str(told.get("class", words_of(told)))
+    return Picture(number, name, group, record, *shown, None)
 
 
 def _there(picture: Picture, manner: Manner, listing: Listing) -> bool:
     """Whether the picture's file is there and was made of the same, by whatever versions."""
     path = manner.path(picture.name)
-    if not path.is_file():
+    moving = manner.config.animate == "none" or manner.animation(picture.name).is_file()
+    if not (path.is_file() and moving):
         return False
     try:
         carries = FORMATS[manner.format].carries_text
@@ -249,27 +238,6 @@ def _groups(count: int, manner: Manner) -> Iterator[tuple[Tensor, int]]:
     if manner.config.tile:
         return ((torch.tensor([number]), 1) for number in range(count))
     return groups_of(count, manner.config.batch_size, manner.device)
-
-
-def _write(picture: Picture, manner: Manner) -> Written:
-    """Encode a picture, and put it into the directory if it goes there; in any thread."""
-    config, path = manner.config, manner.path(picture.name)
-    units = units_of(manner.facts)
-    if picture.image is not None:
-        text = as_text(picture.record) if config.provenance else ""
-        note = Note(text, config.quality, picture.name)
-        data = encode_picture(picture.image, manner.format, units, note)
-        if config.tar is None:
-            with atomic_file(path) as temporary:
-                temporary.write_bytes(data)
-    else:
-        data = path.read_bytes() if picture.shown else b""
-    small = None
-    if picture.shown:  # of the file's bytes, so that a resumed job's sheet is the same
-        pixels = pixels_of_file(data, manner.format, manner.facts.image_channels, units)
-        group = str(picture.told.get("class", words_of(picture.told)))
-        small = thumbnail(pixels[0], picture.name, group)
-    return Written(picture.number, picture.name, picture.record, data if config.tar else b"", small)
 
 
 def _sheet_path(config: DecodeConfig) -> Path | None:
@@ -296,6 +264,8 @@ def _tar(
 
         def add(one: Written) -> None:
             file.write(tar_member(manner.path(one.name).name, one.data))
+            if one.moving:
+                file.write(tar_member(manner.animation(one.name).name, one.moving))
             if manner.config.provenance:
                 file.write(tar_member(f"{one.name}.json", as_text(one.record).encode()))
 

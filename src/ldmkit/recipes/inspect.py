@@ -9,6 +9,7 @@ from ldmkit.configfile import read_toml
 from ldmkit.configs import STREAM, InspectConfig
 from ldmkit.container import Header, read_header, read_messages, verify, verify_file
 from ldmkit.errors import DataError
+from ldmkit.facts import SampleFacts, SamplesSeen, validated
 from ldmkit.manifest import MANIFEST, read_manifest, verify_shard
 from ldmkit.output.provenance import may_carry, provenance_of
 
@@ -62,6 +63,7 @@ def _described(header: Header) -> dict[str, Any]:
 def _stream(stream: BufferedIOBase) -> dict[str, Any]:
     kinds: dict[str, int] = {}
     samples, last = 0, None
+    complete = SamplesSeen("standard input")
     for header, block in read_messages(stream, "standard input"):
         verify(header, memoryview(block)[header.payload_start :], "standard input")
         kinds[header.kind] = kinds.get(header.kind, 0) + 1
@@ -69,15 +71,15 @@ def _stream(stream: BufferedIOBase) -> dict[str, Any]:
             entry.shape[0] for name, entry in header.tensors.items() if name in ("mean", "latents")
         ]
         samples += sum(rows)
+        if header.kind == "samples":
+            facts = validated(SampleFacts, header.facts, "standard input")
+            complete.add(facts, sum(rows))
         last = header
     if last is None:
         raise DataError("standard input is empty: the command before it wrote nothing")
     if "latents" in kinds and last.kind != "manifest":
         raise DataError("standard input ended before the manifest: its writer was stopped")
-    if last.kind == "samples" and samples != last.facts.get("total"):
-        raise DataError(
-            f"standard input ended after {samples} of {last.facts.get('total')} samples"
-        )
+    complete.close()
     return {
         "kind": "stream",
         "messages": kinds,

@@ -1,5 +1,6 @@
 """`ldmkit spread`: samples that were told the same in, how sure the model is of each pixel out."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,11 +21,11 @@ from ldmkit.output.threads import read_ahead
 from ldmkit.pixels import OneImage
 from ldmkit.sample_blocks import (
     Block,
+    count_samples,
     decoded,
     picture_name,
     read_sample_stream,
     read_samples,
-    whole_stream,
     words_of,
 )
 from ldmkit.terminal import say, track
@@ -86,7 +87,7 @@ def spread(config: SpreadConfig, stream: BufferedIOBase | None = None) -> dict[s
         if first is None or not first.facts.total:
             raise DataError(f"{source} holds no samples")
         require_same_autoencoder(first.facts.autoencoder, config.ae, f"the samples in {source}")
-        total = first.facts.total
+        total = first.facts.total if stream else count_samples(config.samples)
         if config.every and total % config.every:
             raise DataError(
                 f"{source} holds {total} samples, which --every {config.every} does not divide"
@@ -96,7 +97,7 @@ def spread(config: SpreadConfig, stream: BufferedIOBase | None = None) -> dict[s
         open_groups: dict[str, Group] = {}
         names = set[str]()
         with track("spread", total, unit="sample") as progress:
-            for one in decoded_samples(whole_stream(first, blocks, source), model, config):
+            for one in decoded_samples(itertools.chain([first], blocks), model, config):
                 key = place_of(one, config.every)
                 if key in open_groups:
                     take_in(open_groups[key], one)
@@ -128,7 +129,7 @@ def decoded_samples(
     number = 0
     for block in blocks:
         for rows, kept in groups_of(len(block.seeds), config.batch_size, model.device):
-            images = decoded(block, rows, kept, model)
+            images = decoded(block, block.latents[rows], rows, kept, model)
             for row, image in zip(rows.tolist(), images, strict=False):
                 if not image.isfinite().all():
                     raise DataError(

@@ -23,22 +23,26 @@ LOOK_SECONDS = 1.0
 class Interruption:
     """While this context is open, the loop learns once a step whether to save, or to save and stop.
 
-    SIGINT, SIGTERM, SIGUSR1 and the time limit ask to stop; a second Ctrl-C leaves at once. A file
+    `requested` is whether it is to stop, as of now; `stopping` and `saving` hold for a step. SIGINT, SIGTERM, SIGUSR1 and the time limit ask to stop; a second Ctrl-C leaves at once. A file
     SAVE_NOW in the run directory asks for a checkpoint.
 
     Args:
-        run: the run directory.
+        run: the run directory, where there is one to look for SAVE_NOW in.
         time_limit: seconds since the command began after which it must have ended.
         stall_timeout: seconds after which a single step counts as stuck.
     """
 
     def __init__(
-        self, run: Path, *, time_limit: float | None = None, stall_timeout: float | None = None
+        self,
+        run: Path | None = None,
+        *,
+        time_limit: float | None = None,
+        stall_timeout: float | None = None,
     ) -> None:
-        self.file, self.time_limit, self.stall_timeout = run / SAVE_NOW, time_limit, stall_timeout
-        self.stopping = self.saving = False
+        self.file = None if run is None else run / SAVE_NOW
+        self.time_limit, self.stall_timeout = time_limit, stall_timeout
+        self.requested = self.stopping = self.saving = False
         self._former: dict[int, object] = {}
-        self._signalled = False
         self._looked: float | None = None
         self._looked_for_file = -LOOK_SECONDS
         self._longest = 0.0
@@ -62,11 +66,11 @@ class Interruption:
             self._longest = max(self._longest, now - self._looked)
         self._looked = now
         limit = self.time_limit
-        if not self._signalled and limit is not None:
-            self._signalled = now - BEGAN + MARGIN * self._longest >= limit
-            if self._signalled:
+        if not self.requested and limit is not None:
+            self.requested = now - BEGAN + MARGIN * self._longest >= limit
+            if self.requested:
                 say(f"stopping: --time-limit is {limit:g} s, and {now - BEGAN:.0f} s are gone")
-        self.stopping = self._signalled
+        self.stopping = self.requested
         self.saving = self.stopping or self._asked_to_save(now)
 
     def expect_a_step(self) -> None:
@@ -78,17 +82,17 @@ class Interruption:
 
     def saved(self) -> None:
         """A checkpoint is on disk: the file that asked for it goes."""
-        if self.saving:
+        if self.saving and self.file is not None:
             self.file.unlink(missing_ok=True)
 
     def _asked_to_save(self, now: float) -> bool:
-        if now - self._looked_for_file < LOOK_SECONDS:
+        if self.file is None or now - self._looked_for_file < LOOK_SECONDS:
             return False
         self._looked_for_file = now
         return self.file.exists()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signalled = True
+        self.requested = True
         say("stopping after this step (again Ctrl-C: at once, without saving)")
