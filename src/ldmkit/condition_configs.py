@@ -100,23 +100,28 @@ class TextOptions(TextSettings, Told):
     )
 
 
-class EmbeddedTextCondition(Config):
-    """A caption for each picture, embedded beforehand by a frozen tower of open_clip."""
+class EmbeddedCondition(Config):
+    """Something of each picture, embedded beforehand by a frozen tower of open_clip."""
 
-    kind: Literal["embedded-text"] = "embedded-text"
     encoder: str
     """open_clip's name of the architecture."""
-    output: Literal["last", "penultimate", "pooled"]
-    pad_with_end: bool
     fingerprint: str
     """Of the tower's weights."""
     count: Positive
-    """Tokens of a caption."""
+    """Tokens of an embedding."""
     width: Positive
     """Of a token."""
 
     attended: ClassVar[bool] = True
     channels: ClassVar[int] = 0
+
+
+class EmbeddedTextCondition(EmbeddedCondition):
+    """A caption for each picture."""
+
+    kind: Literal["embedded-text"] = "embedded-text"
+    output: Literal["last", "penultimate", "pooled"]
+    pad_with_end: bool
 
 
 class EmbeddedTextOptions(Told):
