@@ -10,9 +10,19 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ldmkit.fields import Config, Count, Finite, Fraction, Positive, field, listed
+from ldmkit.tower_configs import EmbeddedImageCondition, EmbeddedTextCondition
 
 ConditionKind = Literal[
-    "class", "text", "embedded-text", "layout", "labelmap", "lowres", "mask", "scalars", "image"
+    "class",
+    "text",
+    "embedded-text",
+    "layout",
+    "labelmap",
+    "lowres",
+    "mask",
+    "scalars",
+    "image",
+    "embedded-image",
 ]
 
 
@@ -98,30 +108,6 @@ class TextOptions(TextSettings, Told):
     without: Literal["refuse", "null"] = field(
         "refuse", "Pictures without a caption: refuse, or train on them as told nothing"
     )
-
-
-class EmbeddedCondition(Config):
-    """Something of each picture, embedded beforehand by a frozen tower of open_clip."""
-
-    encoder: str
-    """open_clip's name of the architecture."""
-    fingerprint: str
-    """Of the tower's weights."""
-    count: Positive
-    """Tokens of an embedding."""
-    width: Positive
-    """Of a token."""
-
-    attended: ClassVar[bool] = True
-    channels: ClassVar[int] = 0
-
-
-class EmbeddedTextCondition(EmbeddedCondition):
-    """A caption for each picture."""
-
-    kind: Literal["embedded-text"] = "embedded-text"
-    output: Literal["last", "penultimate", "pooled"]
-    pad_with_end: bool
 
 
 class EmbeddedTextOptions(Told):
@@ -282,6 +268,10 @@ class ImageOptions(ImageSettings, Told):
     """Training options of the image condition."""
 
 
+class EmbeddedImageOptions(Told):
+    """Training options of the embedded image condition."""
+
+
 ConditionConfig = Annotated[
     ClassCondition
     | TextCondition
@@ -291,7 +281,8 @@ ConditionConfig = Annotated[
     | LowResCondition
     | MaskCondition
     | ScalarCondition
-    | ImageCondition,
+    | ImageCondition
+    | EmbeddedImageCondition,
     Field(discriminator="kind"),
 ]
 """Any of the stored configs."""
@@ -305,7 +296,7 @@ class ConditioningConfig(Config):
     ] = field(
         ("auto",),
         "What the model is told: class, text, embedded-text, layout (boxes), labelmap, lowres (super-resolution), mask"
-        " (inpainting), scalars, image (variations); repeat for several; auto = class where the latents"
+        " (inpainting), scalars, image, embedded-image (variations); repeat for several; auto = class where the latents"
         " have labels, else none",
     )
     condition_dropout: Fraction = field(
@@ -320,6 +311,7 @@ class ConditioningConfig(Config):
     mask: MaskOptions = MaskOptions()
     scalars: ScalarOptions = ScalarOptions()
     image: ImageOptions = ImageOptions()
+    embedded_image: EmbeddedImageOptions = EmbeddedImageOptions()
 
     def options_of(self, kind: str) -> Told:
         """The options of one kind of condition."""

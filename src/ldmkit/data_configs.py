@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ldmkit.fields import Config, Count, Fraction, Positive, ValueRange, argument, field
+from ldmkit.tower_configs import ImageTowerConfig
 
 SourceFormat = Literal[
     "auto",
@@ -139,7 +140,7 @@ TILING = (
 SCRATCH = "Directory for the feature maps of exact tiles, where main memory is too small"
 
 
-class EncodeConfig(SourceConfig):
+class EncodeConfig(SourceConfig, ImageTowerConfig):
     """Turn pictures into a set of latents, once; writes OUT/*.safetensors and OUT/manifest.json."""
 
     ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")

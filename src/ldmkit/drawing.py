@@ -1,6 +1,6 @@
 """From seeds and what they are told to latents: a model, guidance, a grid and a sampler put together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -34,6 +34,8 @@ from ldmkit.tensors import Latents, Noise
 
 Settled = Condition | Branches | BothConditions
 """The condition of all samples, of one model or as guidance takes it."""
+Steer = Callable[[DenoiseAt], DenoiseAt]
+"""What leads the samples of one call, told or not; see `guiding`."""
 
 
 class Guide(NamedTuple):
@@ -72,6 +74,7 @@ def draw_latents(
     shape: Sequence[int],
     noise: Noise,
     manner: Manner,
+    steer: Steer | None = None,
 ) -> Latents:
     """Raw latents `[n, z, h, w]` on the model's device.
 
@@ -81,12 +84,15 @@ def draw_latents(
         shape: n, z, h, w.
         noise: source of unit noise, of which the start is drawn first.
         manner: sampler, grid and guidance.
+        steer: what leads these samples besides.
 
     Raises:
         ValueError: the schedule has no such grid, or the sampler no such settings.
     """
     sigmas = levels_of(model.schedule, manner)
     denoise = denoise_at(model, values, manner.guide, sigmas)
+    if steer is not None:
+        denoise = steer(denoise)
     start = noise(torch.empty(*shape, device=model.latent_mean.device))
     clean = run_sampler(
         manner.sampler,

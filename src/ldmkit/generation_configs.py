@@ -16,6 +16,7 @@ from ldmkit.fields import (
     argument,
     field,
 )
+from ldmkit.image_guide_configs import ImageGuideConfig
 
 SamplerName = Literal[
     "ddpm",
@@ -76,7 +77,7 @@ class SamplerOptions(Config):
     )
 
 
-class SampleConfig(Config):
+class SampleConfig(ImageGuideConfig):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
 
     model: Path = argument("Diffusion model file")
@@ -97,6 +98,9 @@ class SampleConfig(Config):
     )
     text_weights: Path | None = field(
         None, "Weights of the text tower, for models that were trained on embedded text"
+    )
+    image_weights: Path | None = field(
+        None, "Weights of the image tower, for models that were trained on embedded pictures"
     )
     conditions: Path | None = field(
         None,

@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmkit.condition_configs import ConditioningConfig, EmbeddedTextCondition
+from ldmkit.condition_configs import ConditioningConfig
+from ldmkit.conditioning.frozen_image import embedded_pictures, read_shown
 from ldmkit.conditioning.frozen_text import embedded
 from ldmkit.conditioning.kind import Sides
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
@@ -23,6 +25,7 @@ from ldmkit.data.order import generator_for
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.errors import DataError, UsageError
 from ldmkit.generation_configs import SampleConfig
+from ldmkit.tower_configs import EmbeddedImageCondition, EmbeddedTextCondition
 
 USUAL = 16
 """Samples, where nothing says how many."""
@@ -30,6 +33,8 @@ LIKE = 10
 """Place in the seed tree of what is random about conditions read from a set."""
 ALIASES = {"label": "class", "prompt": "text", "caption": "text", "boxes": "layout"}
 """Other names of columns."""
+EMBEDDED = {"text": "embedded-text", "image": "embedded-image"}
+"""What a user says -> the kind that a frozen tower reads it for."""
 TABLES = (".jsonl", ".csv")
 NESTED = ("layout", "scalars")
 """Kinds whose values are lists or objects."""
@@ -206,8 +211,8 @@ def _named(path: Path) -> str:
 def _understood(request: Request, model: DiffusionConfig) -> Request:
     """What is told, by the model's kinds of condition.
 
-    Text is text for the user, whichever way the model reads it; a column may be a scalar's; and in a
-    table boxes stand as JSON.
+    Text is text and a picture a picture for the user, whichever way the model reads it; a column may be
+    a scalar's; and in a table boxes stand as JSON.
     """
     kinds = [condition.kind for condition in model.conditions]
     numbers = next((one.names for one in model.conditions if one.kind == "scalars"), ())
@@ -215,8 +220,8 @@ def _understood(request: Request, model: DiffusionConfig) -> Request:
     for name, value in request.told.items():
         if name in numbers:
             scalars[name] = value
-        elif name == "text" and "text" not in kinds and "embedded-text" in kinds:
-            told["embedded-text"] = value
+        elif name in EMBEDDED and name not in kinds and EMBEDDED[name] in kinds:
+            told[EMBEDDED[name]] = value
         else:
             told[name] = _from_json(request.where, name, value) if name in NESTED else value
     if scalars:
@@ -255,7 +260,29 @@ def _rows_of_kind(
     if isinstance(condition, EmbeddedTextCondition):
         texts = [str(request.told.get(condition.kind, "")) for request in requests]
         return embedded(condition, texts, config.text_weights)
+    if isinstance(condition, EmbeddedImageCondition):
+        pictures = (_shown(condition, request) for request in requests)
+        return embedded_pictures(condition, pictures, config.image_weights)
     return torch.stack([_row(condition, request, sides) for request in requests])
+
+
+def _shown(condition: EmbeddedImageCondition, request: Request) -> Tensor | None:
+    """The picture that one sample is told; None where it is told none."""
+    value = request.told.get(condition.kind)
+    if value is None:
+        return None
+    with _blamed_on(request):
+        return read_shown(condition, value)
+
+
+@contextmanager
+def _blamed_on(request: Request) -> Iterator[None]:
+    """Say which option or line holds a value that is wrong."""
+    try:
+        yield
+    except (ValueError, DataError) as error:
+        typed = request.where.startswith("--")
+        raise (UsageError if typed else DataError)(f"{request.where}: {error}") from error
 
 
 def _row(condition: Any, request: Request, sides: Sides) -> Tensor:  # noqa: ANN401 - any stored condition
@@ -266,7 +293,7 @@ def _row(condition: Any, request: Request, sides: Sides) -> Tensor:  # noqa: ANN
             f"{request.where or 'the samples'}: the model has to be told {condition.kind}; give "
             "--conditions or --like"
         )
-    try:
+    with _blamed_on(request):
         row = kind.row(condition, value)
         wanted = kind.sides(condition, sides) if kind.sides else row.shape[-2:]
         if row.shape[-2:] != wanted:
@@ -275,9 +302,6 @@ def _row(condition: Any, request: Request, sides: Sides) -> Tensor:  # noqa: ANN
                 f"{wanted[1]} x {wanted[0]}"
             )
         return row
-    except (ValueError, DataError) as error:
-        typed = request.where.startswith("--")
-        raise (UsageError if typed else DataError)(f"{request.where}: {error}") from error
 
 
 def _as_the_set(

@@ -3,14 +3,16 @@
 from functools import partial
 from typing import NamedTuple
 
-from ldmkit.autoencoder.latent_shards import Embed, first_line
+from ldmkit.autoencoder.latent_shards import Embed, See, first_line
+from ldmkit.conditioning.image_tower import COLOUR_CHANNELS, embed_pictures, load_image_tower
 from ldmkit.conditioning.text_tower import encode_texts, load_tower
 from ldmkit.conditioning.tokenizer import proper_caption
 from ldmkit.data.items import Source
+from ldmkit.data.latents import IMAGE_EMBEDDING
 from ldmkit.data.locations import shown
 from ldmkit.data_configs import EncodeConfig
-from ldmkit.errors import DataError
-from ldmkit.facts import Facts
+from ldmkit.errors import DataError, UsageError
+from ldmkit.facts import AutoencoderFacts, Facts
 from ldmkit.training.runtime import pick_device
 
 
@@ -18,23 +20,31 @@ class Towers(NamedTuple):
     """What embeds; None where it was not asked for."""
 
     texts: Embed | None
+    pictures: See | None
     recipes: Facts
     """Column -> what decides its bytes."""
 
 
-def towers_of(config: EncodeConfig, source: Source) -> Towers:
+def towers_of(config: EncodeConfig, facts: AutoencoderFacts, source: Source) -> Towers:
     """The towers that are asked for, on the device.
+
+    Args:
+        config: of the command.
+        facts: of the autoencoder, whose pictures are embedded.
+        source: of the pictures.
 
     Raises:
         DataError: there are no captions, one of them cannot be embedded, or weights are missing or
             damaged.
-        UsageError: no weights are given, or the architecture is unknown.
+        UsageError: no weights are given, the architecture is unknown, or pictures have no colours for it.
     """
     recipes: Facts = {}
-    texts = None
+    texts, pictures = None, None
     if config.text_encoder is not None:
         texts, recipes["text"] = _text_tower(config, config.text_encoder, source)
-    return Towers(texts, recipes)
+    if config.image_encoder is not None:
+        pictures, recipes[IMAGE_EMBEDDING] = _image_tower(config, config.image_encoder, facts)
+    return Towers(texts, pictures, recipes)
 
 
 def _text_tower(config: EncodeConfig, name: str, source: Source) -> tuple[Embed, Facts]:
@@ -62,3 +72,26 @@ def _text_tower(config: EncodeConfig, name: str, source: Source) -> tuple[Embed,
         "fingerprint": tower.fingerprint,
     }
     return partial(encode_texts, tower, batch=config.batch_size), recipe
+
+
+def _image_tower(config: EncodeConfig, name: str, facts: AutoencoderFacts) -> tuple[See, Facts]:
+    if facts.image_channels not in (1, COLOUR_CHANNELS):
+        raise UsageError(
+            f"--image-encoder takes grey or RGB pictures, and those of {config.ae} have "
+            f"{facts.image_channels} channels: leave it out"
+        )
+    tower = load_image_tower(
+        name,
+        config.image_weights,
+        config.image_output,
+        option="--image-weights",
+        colours=config.image_colours,
+    )
+    tower.network.to(pick_device(config.device))
+    recipe = {
+        "encoder": name,
+        "output": config.image_output,
+        "colours": tower.colours,
+        "fingerprint": tower.fingerprint,
+    }
+    return partial(embed_pictures, tower, batch=config.batch_size), recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldmkit.condition_configs import EmbeddedTextCondition, EmbeddedTextOptions
+from ldmkit.condition_configs import EmbeddedTextOptions
 from ldmkit.conditioning.kind import Kind, Reader
 from ldmkit.conditioning.open_clip_weights import Embeddings
 from ldmkit.conditioning.stored_embedding import (
@@ -21,6 +21,7 @@ from ldmkit.conditioning.stored_embedding import (
 from ldmkit.conditioning.text_tower import encode_texts, load_tower
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.errors import DataError
+from ldmkit.tower_configs import EmbeddedTextCondition
 
 OPTION = "--text-weights"
 

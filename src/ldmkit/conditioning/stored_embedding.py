@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldmkit.condition_configs import EmbeddedCondition
 from ldmkit.conditioning.condition import Condition
 from ldmkit.conditioning.kind import Reader, Widths
 from ldmkit.conditioning.open_clip_weights import Embeddings, FrozenNetwork
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.errors import DataError, UsageError
+from ldmkit.tower_configs import EmbeddedCondition
 
 BATCH = 32
 """Texts or pictures through a tower at once."""

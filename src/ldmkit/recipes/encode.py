@@ -68,7 +68,7 @@ def encode(config: EncodeConfig, stream: BufferedIOBase | None = None) -> Path |
     job, jobs = job_of(config)
     facts = autoencoder_facts(config.ae)
     source = open_source(config, max_bad=config.max_bad)
-    towers = towers_of(config, source)
+    towers = towers_of(config, facts, source)
     work = plan_work(config, facts, source, towers)
     tasks = plan_tasks(config, work, source.items)
     former: Manifest | None = None
@@ -217,9 +217,8 @@ def plan_work(
         **towers.recipes,
     }
     companions = Companions(lowres, holes)
-    return Work(
-        recipe, preprocessing, views, frozenset(stored), facts.depth, companions, towers.texts, fill
-    )
+    made = (towers.texts, fill, towers.pictures)
+    return Work(recipe, preprocessing, views, frozenset(stored), facts.depth, companions, *made)
 
 
 def recipe_of_columns(config: EncodeConfig, holes: Holes | None) -> Facts:

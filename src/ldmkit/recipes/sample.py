@@ -13,6 +13,7 @@ from ldmkit.drawing import draw_latents, seeded_noise
 from ldmkit.errors import UsageError
 from ldmkit.facts import DiffusionFacts, SampleFacts
 from ldmkit.generation_configs import SampleConfig
+from ldmkit.guiding import guide_of
 from ldmkit.manner import manner_of
 from ldmkit.modelfile import save, versions, write_message
 from ldmkit.requests import Asked, as_lines, asked_of
@@ -22,7 +23,7 @@ from ldmkit.training.runtime import groups_of, pick_device
 
 HOW = (
     *("grid", "eta", "guidance_combination", "guidance_interval", "guidance_rescale"),
-    *("guidance_growth", "negative", "weaker"),
+    *("guidance_growth", "negative", "weaker", "guide_image", "guide_factor", "guide_scale"),
 )
 """Options that change samples, beside sampler, steps and weight."""
 
@@ -52,6 +53,7 @@ def sample(
     device = pick_device(config.device)
     model = load_diffusion(config.model, device)
     manner = manner_of(config, model)
+    steer_of = guide_of(config, model, facts)
     asked = asked_of(config, model.config, facts.latent_shape, source)
 
     total = len(asked.said)
@@ -65,7 +67,8 @@ def sample(
                 numbers = (first + group).tolist()
                 noise = seeded_noise(seeds[numbers].tolist())
                 shape = (len(numbers), *facts.latent_shape)
-                part = draw_latents(model, asked.values(numbers), shape, noise, manner)
+                told, steer = asked.values(numbers), steer_of(numbers)
+                part = draw_latents(model, told, shape, noise, manner, steer)
                 parts.append(part[:kept].cpu())
                 progress.advance(kept)
             latents = torch.cat(parts)
