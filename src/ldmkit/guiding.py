@@ -39,7 +39,8 @@ def guide_of(config: ImageGuideConfig, model: LatentDiffusion, facts: DiffusionF
     """What leads samples to pictures (Rombach et al. 2022, App. C), as the options say.
 
     The comparison is made on the pictures made `guide_factor` times smaller (anti-aliased bicubic). Its
-    gradient runs through decoder and U-Net for the samples that are drawn at once.
+    gradient runs through decoder and U-Net for the samples that are drawn at once; no step goes further
+    than where the difference is smallest.
 
     Args:
         config: of the command.
@@ -78,6 +79,7 @@ def guide_of(config: ImageGuideConfig, model: LatentDiffusion, facts: DiffusionF
                 target,
                 lambda images: smaller(images, (height, width)),
                 config.guide_scale,
+                bounded=True,
             )
             return lambda x, sigma: guided(x, sigma, None)
 

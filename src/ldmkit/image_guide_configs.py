@@ -23,7 +23,7 @@ class ImageGuideConfig(Config):
         4, "With --guide-image: how many times smaller pictures are compared; 1 = as they are"
     )
     guide_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = field(
-        10.0,
+        50.0,
         "With --guide-image: how strongly; 1 / variance of the difference that is allowed for each number, in"
         " pictures of [-1, 1]; 0 = not at all",
     )
