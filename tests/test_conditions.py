@@ -25,6 +25,7 @@ from ldmkit.assembly import (
 from ldmkit.assembly import diffusion_config as model_config
 from ldmkit.autoencoder_configs import AutoencoderLossConfig, DiscriminatorConfig
 from ldmkit.conditioning.condition import Condition, replaced
+from ldmkit.conditioning.frozen_image import embedded_pictures, read_shown
 from ldmkit.conditioning.frozen_text import embedded
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
 from ldmkit.conditioning.mask import fill_hole, mask_values
@@ -66,6 +67,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "image": {"hidden": 8},
 }
 """Of the networks, small."""
+FROZEN = {"embedded-text", "embedded-image"}
+"""What a tower has to embed before a model can be told it."""
 
 
 class World(NamedTuple):
@@ -85,7 +88,7 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A text tower of random weights."""
+    """A text and an image tower of random weights."""
     folder = tmp_path_factory.mktemp("tower")
     import_torchvision()
     import open_clip
@@ -149,6 +152,8 @@ def world(tmp_path_factory, weights) -> World:
         "text_encoder": TOWER,
         "text_weights": weights,
         "text_output": "pooled",
+        "image_encoder": TOWER,
+        "image_weights": weights,
         "shard_size": 10,
         "dtype": "float32",
     }
@@ -216,6 +221,8 @@ def test_who_says_nothing_gets_the_null(world, kind):
     config = config_of(world, kind)
     if kind == "embedded-text":
         said = embedded(config, [KINDS[kind].silence], world.weights)
+    elif kind == "embedded-image":
+        said = embedded_pictures(config, [None], None)
     else:
         said = KINDS[kind].row(config, KINDS[kind].silence)[None]
     null = model.empty({kind: said})
@@ -246,7 +253,7 @@ def test_the_condition_matters(world, kind):
         told = model.condition({name: value[rows] for name, value in values.items()})
         return (model.denoise(noisy, sigma, told) - latents[rows]).square().mean()
 
-    for _ in range(100 if kind == "embedded-text" else 60):  # a frozen tower says it faintly
+    for _ in range(100 if kind in FROZEN else 60):  # a frozen tower says it faintly
         rows = torch.randint(COUNT, (16,), generator=generator)
         optimizer.zero_grad()
         loss(values, rows, generator).backward()
@@ -278,7 +285,7 @@ def as_typed(world: World, kind: str, number: int, scratch: Path) -> Any:
     }[kind]
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"embedded-text", "mask"}))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {*FROZEN, "mask"}))
 def test_what_a_set_holds_is_what_a_user_would_say(world, kind, tmp_path):
     _, values = fresh(world, kind)
     for number in (0, 7, 23):  # of three shards
@@ -291,6 +298,17 @@ def test_embedded_captions_of_a_set_are_those_of_the_tower(world):
     texts = [line["text"] for line in world.lines()]
     found = embedded(config_of(world, "embedded-text"), texts, world.weights)
     assert torch.allclose(found, values["embedded-text"], atol=2e-3)
+
+
+def test_embedded_pictures_of_a_set_are_those_of_the_tower(world):
+    model, values = fresh(world, "embedded-image")
+    config = config_of(world, "embedded-image")
+    files = [world.data / line["file_name"] for line in world.lines()]
+    shown = [read_shown(config, file) for file in files]
+    found = embedded_pictures(config, [shown[0], None, *shown[1:]], world.weights)
+    assert torch.allclose(found[[0, *range(2, COUNT + 1)]], values["embedded-image"], atol=2e-3)
+    assert not found[1].any()
+    assert not model.empty(values)["embedded-image"].any(), "the null is zeros"
 
 
 def test_holes_of_a_set_are_those_of_its_pictures(world):
@@ -410,6 +428,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("scalars", {"lightness": 1e999}, "give a finite number"),
     ("scalars", 3, "lightness"),
     ("image", "nowhere.png", "nowhere.png is not there"),
+    ("embedded-image", "nowhere.png", "nowhere.png is not there"),
     ("image", lambda scratch: grey(16)(scratch) and str(scratch), "is not there"),
 ]
 
@@ -435,11 +454,15 @@ def test_every_kind_that_a_user_can_say_has_a_bad_value():
 def test_what_is_typed_wrongly_is_a_matter_of_usage(world, tmp_path, run):
     model = save_model(world, tmp_path / "model.safetensors", "class")
     embedding = save_model(world, tmp_path / "embedding.safetensors", "embedded-text")
+    shown = save_model(world, tmp_path / "shown.safetensors", "embedded-image")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"image": str(world.data / "00.png")}))
     out = ("-o", tmp_path / "out.safetensors")
     for arguments, message in (
         ((model, "--label", "purple"), "'purple' is no class"),
         ((model, "--prompt", "a dog"), "was trained without text"),
         ((embedding, "--prompt", "a dog"), "--text-weights"),
+        ((shown, "--conditions", lines), "--image-weights"),
     ):
         done = run("sample", *arguments, *out)
         assert done.returncode == 2, done.stderr

@@ -141,6 +141,19 @@ def told(kind, z, side) -> tuple[list[dict], dict[str, torch.Tensor]]:
             },
             torch.rand(2, 7, 5),
         ),
+        "embedded-image": (
+            {
+                "encoder": "",
+                "output": "tokens",
+                "colours": "clip",
+                "fingerprint": "",
+                "count": 7,
+                "width": 5,
+                "image_channels": 3,
+                "size": 8,
+            },
+            torch.rand(2, 7, 5),
+        ),
         "layout": ({**small, "objects": 1, "vocabulary": 40, "names": ("a",)}, ids[:, :5]),
         "labelmap": (
             {"classes": 3, "stages": 2, "mapped": 3},

@@ -281,6 +281,23 @@ def test_a_guided_sampler_reaches_what_is_asked_for(generator):
     )
 
 
+def test_a_bounded_step_is_the_whole_one_or_ends_where_the_target_is_met(generator):
+    """Where the paper's step overshoots, the bound stops at the best point along it; else it is the same."""
+    x, y = torch.randn(2, 2, 1, 4, 4, generator=generator, dtype=torch.float64)
+    sigma = torch.full((2,), 3.0, dtype=torch.float64)
+    plain = gaussian(0.0, 1.0)(x, sigma, None)
+
+    def guide(scale, bounded):
+        return image_guided(
+            gaussian(0.0, 1.0), lambda z: 2.0 * z, y, lambda p: p, scale, bounded=bounded
+        )(x, sigma, None)
+
+    assert torch.allclose(guide(0.1, True), guide(0.1, False))
+    assert torch.equal(guide(0.0, True), plain)
+    assert torch.allclose(guide(1e3, True), y / 2.0)  # all directions have one slope: it is met
+    assert (guide(1e3, False) - y / 2.0).abs().max() > 100.0
+
+
 def test_what_cannot_be_done_is_said(x, sigma):
     for settings, message in (
         (Guidance(()), "one or more"),

@@ -19,10 +19,8 @@ from torch import nn
 from conftest import save_pickled
 from ldmkit.conditioning import text_tower
 from ldmkit.conditioning import tokenizer as tok
-from ldmkit.conditioning.frozen_text import (
-    StoredTextConditioner,
-    embedding_row,
-)
+from ldmkit.conditioning.open_clip_weights import OPENAI_MARKS
+from ldmkit.conditioning.stored_embedding import StoredConditioner, embedding_row
 from ldmkit.conditioning.text import TextConditioner, _lines, _longest_line
 from ldmkit.conditioning.text_tower import encode_texts, load_tower
 from ldmkit.conditioning.token_transformer import TokenTransformer
@@ -396,7 +394,7 @@ def protocol_cases(tower):
     conditioner, rows = build()
     yield conditioner, rows
     for width in (16, 24):
-        stored = StoredTextConditioner(20, 16, width)
+        stored = StoredConditioner(20, 16, width)
         stored.set_empty(encode_texts(tower, [""], 1)[0])
         yield stored, encode_texts(tower, CAPTIONS[:6], 4)
 
@@ -561,7 +559,7 @@ def test_every_architecture_that_is_taken_can_be_built_and_has_its_stated_shape(
         ({"text_projection": torch.ones(16, 13)}, r"shape \[16, 13\]"),
         ({"ln_final.bias": torch.full((16,), torch.nan)}, "ln_final.bias holds NaN"),
         ({"token_embedding.weight": None}, "holds no text tower"),
-        ({name: torch.ones(()) for name in text_tower.OPENAI_MARKS}, f"take {TINY}-quickgelu"),
+        ({name: torch.ones(()) for name in OPENAI_MARKS}, f"take {TINY}-quickgelu"),
     ],
 )
 def test_other_weights_are_refused_by_name(clips, tmp_path, change, part):
@@ -587,7 +585,7 @@ def test_a_program_is_no_weight_file(tmp_path, clips):
 
 def test_stored_embeddings_go_through_a_projection_where_the_widths_differ(tower):
     embeddings = encode_texts(tower, [*CAPTIONS[:2], ""], 3)
-    plain, projected = StoredTextConditioner(20, 16, 16), StoredTextConditioner(20, 16, 24)
+    plain, projected = StoredConditioner(20, 16, 16), StoredConditioner(20, 16, 24)
     assert torch.equal(plain(embeddings).tokens, embeddings)
     weight, bias = (projected.get_parameter(f"projection.{name}") for name in ("weight", "bias"))
     assert torch.allclose(projected(embeddings).tokens, embeddings @ weight.T + bias, atol=1e-6)
@@ -596,7 +594,7 @@ def test_stored_embeddings_go_through_a_projection_where_the_widths_differ(tower
 
 
 def test_the_empty_embedding_is_saved_and_cannot_be_forgotten():
-    conditioner = StoredTextConditioner(2, 3, 3)
+    conditioner = StoredConditioner(2, 3, 3)
     values = torch.zeros(4, 2, 3, dtype=torch.float16)
     assert conditioner(conditioner.empty(values)).tokens.isnan().all()
     conditioner.set_empty(torch.ones(2, 3))

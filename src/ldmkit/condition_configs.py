@@ -16,9 +16,19 @@ from ldmkit.class_configs import (
     LabelMapSettings,
 )
 from ldmkit.fields import Config, Finite, Fraction, Names, Positive, field, listed
+from ldmkit.tower_configs import EmbeddedImageCondition, EmbeddedTextCondition
 
 ConditionKind = Literal[
-    "class", "text", "embedded-text", "layout", "labelmap", "lowres", "mask", "scalars", "image"
+    "class",
+    "text",
+    "embedded-text",
+    "layout",
+    "labelmap",
+    "lowres",
+    "mask",
+    "scalars",
+    "image",
+    "embedded-image",
 ]
 
 
@@ -86,25 +96,6 @@ class TextOptions(TextSettings, Told):
     without: Literal["refuse", "null"] = field(
         "refuse", "Pictures without a caption: refuse, or train on them as told nothing"
     )
-
-
-class EmbeddedTextCondition(Config):
-    """A caption for each picture, embedded beforehand by a frozen tower of open_clip."""
-
-    kind: Literal["embedded-text"] = "embedded-text"
-    encoder: str
-    """open_clip's name of the architecture."""
-    output: Literal["last", "penultimate", "pooled"]
-    pad_with_end: bool
-    fingerprint: str
-    """Of the tower's weights."""
-    count: Positive
-    """Tokens of a caption."""
-    width: Positive
-    """Of a token."""
-
-    attended: ClassVar[bool] = True
-    channels: ClassVar[int] = 0
 
 
 class EmbeddedTextOptions(Told):
@@ -243,6 +234,10 @@ class ImageOptions(ImageSettings, Told):
     """Training options of the image condition."""
 
 
+class EmbeddedImageOptions(Told):
+    """Training options of the embedded image condition."""
+
+
 ConditionConfig = Annotated[
     ClassCondition
     | TextCondition
@@ -252,7 +247,8 @@ ConditionConfig = Annotated[
     | LowResCondition
     | MaskCondition
     | ScalarCondition
-    | ImageCondition,
+    | ImageCondition
+    | EmbeddedImageCondition,
     Field(discriminator="kind"),
 ]
 """Any of the stored configs."""
@@ -266,7 +262,7 @@ class ConditioningConfig(Config):
     ] = field(
         ("auto",),
         "What the model is told: class, text, embedded-text, layout (boxes), labelmap, lowres (super-resolution), mask"
-        " (inpainting), scalars, image (variations); repeat for several; auto = class where the latents"
+        " (inpainting), scalars, image, embedded-image (variations); repeat for several; auto = class where the latents"
         " have labels, else none",
     )
     condition_dropout: Fraction = field(
@@ -281,6 +277,7 @@ class ConditioningConfig(Config):
     mask: MaskOptions = MaskOptions()
     scalars: ScalarOptions = ScalarOptions()
     image: ImageOptions = ImageOptions()
+    embedded_image: EmbeddedImageOptions = EmbeddedImageOptions()
 
     def options_of(self, kind: str) -> Told:
         """The options of one kind of condition."""

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ldmkit.fields import Count, Fraction, Names, Positive, ValueRange, argument, field
 from ldmkit.labelmap_configs import LabelMapConfig
+from ldmkit.tower_configs import ImageTowerConfig
 
 SourceFormat = Literal[
     "auto",
@@ -121,7 +122,7 @@ TILING = (
 SCRATCH = "Directory for the feature maps of exact tiles, where main memory is too small"
 
 
-class EncodeConfig(SourceConfig):
+class EncodeConfig(SourceConfig, ImageTowerConfig):
     """Turn pictures into a set of latents, once; writes OUT/*.safetensors and OUT/manifest.json."""
 
     ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")

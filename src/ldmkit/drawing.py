@@ -36,6 +36,8 @@ from ldmkit.tensors import Latents, Noise
 
 Settled = Condition | Branches | BothConditions
 """The condition of all samples, of one model or as guidance takes it."""
+Steer = Callable[[DenoiseAt], DenoiseAt]
+"""What leads the samples of one call, told or not; see `guiding`."""
 
 
 Encode = Callable[[LatentDiffusion, Values], Condition]
@@ -91,6 +93,8 @@ class Origin(NamedTuple):
     known: KnownRegion | None = None
     """Raw; stays as it is outside of its hole."""
     towards: Destination | None = None
+    steer: Steer | None = None
+    """What leads the samples besides what they are told."""
 
 
 @torch.no_grad()
@@ -122,6 +126,8 @@ def draw_latents(
     """
     sigmas = levels_of(model.schedule, manner)
     denoise = denoise_at(model, values, manner.guide, sigmas, origin.towards, encode)
+    if origin.steer is not None:
+        denoise = origin.steer(denoise)
     unit = noise(torch.empty(*shape, device=model.latent_mean.device))
     denoise, start = _begun(model, origin, denoise, unit, float(sigmas[0]))
     if on_estimate is not None:

@@ -16,6 +16,7 @@ from ldmkit.fields import (
     argument,
     field,
 )
+from ldmkit.image_guide_configs import ImageGuideConfig
 from ldmkit.job_configs import SampleJobConfig
 from ldmkit.origin_configs import OriginConfig
 
@@ -78,7 +79,7 @@ class SamplerOptions(Config):
     )
 
 
-class SampleConfig(OriginConfig, SampleJobConfig):
+class SampleConfig(OriginConfig, ImageGuideConfig, SampleJobConfig):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
 
     model: Path = argument("Diffusion model file")
@@ -99,6 +100,9 @@ class SampleConfig(OriginConfig, SampleJobConfig):
     )
     text_weights: Path | None = field(
         None, "Weights of the text tower, for models that were trained on embedded text"
+    )
+    image_weights: Path | None = field(
+        None, "Weights of the image tower, for models that were trained on embedded pictures"
     )
     conditions: Path | None = field(
         None,

@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmkit.condition_configs import ClassCondition, ConditioningConfig, EmbeddedTextCondition
-from ldmkit.conditioning.classes import all_in_turns, labels_in_turns
+from ldmkit.condition_configs import ConditioningConfig
+from ldmkit.conditioning.frozen_image import embedded_pictures, read_shown
 from ldmkit.conditioning.frozen_text import embedded
 from ldmkit.conditioning.kind import Sides
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
-from ldmkit.configs import STREAM
 from ldmkit.container import file_digest
-from ldmkit.data.formats.tables import Row, read_jsonl, read_table
-from ldmkit.data.items import Problem
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.order import generator_for
 from ldmkit.diffusion_configs import DiffusionConfig
@@ -27,16 +25,11 @@ from ldmkit.errors import DataError, UsageError
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.manifest import MANIFEST
 from ldmkit.modelfile import fingerprint
+from ldmkit.request_lines import USUAL, Request, requests_of
+from ldmkit.tower_configs import EmbeddedImageCondition, EmbeddedTextCondition
 
-USUAL = 16
-"""Samples, where nothing says how many."""
 LIKE = 10
 """Place in the seed tree of what is random about conditions read from a set."""
-ALIASES = {"label": "class", "prompt": "text", "caption": "text", "boxes": "layout"}
-"""Other names of columns."""
-TABLES = (".jsonl", ".csv")
-NESTED = ("layout", "scalars")
-"""Kinds whose values are lists or objects."""
 
 
 class Asked(NamedTuple):
@@ -50,15 +43,6 @@ class Asked(NamedTuple):
     """Of all that decides these values and what is kept."""
     kept: Callable[[Sequence[int]], dict[str, Tensor]] = lambda _: {}
     """Numbers of samples -> the pictures and holes that `decode` blends them with, where a set has them."""
-
-
-class Request(NamedTuple):
-    """What one sample is told."""
-
-    where: str
-    """The option, or the file and line, that says so."""
-    told: Mapping[str, Any]
-    """By kind of condition."""
 
 
 def asked_of(
@@ -82,7 +66,7 @@ def asked_of(
     if config.like is not None:
         return _as_the_set(config, model, shape, config.like)
     kinds = [condition.kind for condition in model.conditions]
-    requests = [_understood(one, model) for one in _requests(config, model, source)]
+    requests = requests_of(config, model, source)
     count = config.num or (len(requests) if config.prompts or config.conditions else USUAL)
     turns = [number % len(requests) for number in range(count)]
     for request in requests:
@@ -138,151 +122,6 @@ def rows_of_set(latents: LatentSet, holdout: float) -> np.ndarray:
     return indices
 
 
-def _requests(
-    config: SampleConfig, model: DiffusionConfig, source: BufferedIOBase | None
-) -> list[Request]:
-    if config.prompts is not None:
-        lines = _text_of(config.prompts, source).splitlines()
-        name = _named(config.prompts)
-        found = [
-            Request(f"{name}, line {number}", {"text": line})
-            for number, line in enumerate(lines, start=1)
-        ]
-    elif config.conditions is not None:
-        found = [Request(row.where, _told(row)) for row in _rows_of(config.conditions, source)]
-    else:
-        return _typed(config, model)
-    if not found:
-        raise DataError(f"{_named(config.prompts or config.conditions or STREAM)} has no lines")
-    return found
-
-
-def _typed(config: SampleConfig, model: DiffusionConfig) -> list[Request]:
-    """What options say; without any, all classes take turns."""
-    told: dict[str, Sequence[Any]] = {}
-    classes = _classes(model)
-    if config.label:
-        told["class"] = _labels(config.label, classes)
-    if config.prompt:
-        told["text"] = config.prompt
-    if not told and classes is not None and classes.names:
-        told["class"] = all_in_turns(classes, config.num or USUAL)
-    count = max((len(values) for values in told.values()), default=1)
-    names = {"class": "--label", "text": "--prompt"}
-    return [
-        Request(
-            ", ".join(
-                f"{names[kind]} {_shown(values[turn % len(values)])}"
-                for kind, values in told.items()
-            ),
-            {kind: values[turn % len(values)] for kind, values in told.items()},
-        )
-        for turn in range(count)
-    ]
-
-
-def _labels(labels: tuple[str, ...], classes: ClassCondition | None) -> Sequence[Any]:
-    if classes is None:
-        return labels
-    try:
-        return labels_in_turns(labels, classes)
-    except ValueError as error:
-        raise UsageError(f"--label {' --label '.join(labels)}: {error}") from error
-
-
-def _shown(value: Any) -> str:  # noqa: ANN401 - any value
-    if not isinstance(value, Mapping):
-        return str(value)
-    return " ".join(f"{name}={one}" for name, one in value.items())
-
-
-def _classes(model: DiffusionConfig) -> ClassCondition | None:
-    return next((one for one in model.conditions if isinstance(one, ClassCondition)), None)
-
-
-def _rows_of(path: Path, source: BufferedIOBase | None) -> list[Row]:
-    problems: list[Problem] = []
-    if path == STREAM:
-        rows = list(read_jsonl(_stream(source), _named(path), problems))
-    elif path.suffix in TABLES:
-        rows = read_table(path, problems).rows
-    else:
-        raise UsageError(f"--conditions {path}: name a file of {' or '.join(TABLES)}")
-    if problems:
-        raise DataError(problems[0].text)
-    return rows
-
-
-def _told(row: Row) -> dict[str, Any]:
-    """What a row speaks of, by column; what is empty says nothing."""
-    return {name: value for name, value in row.values.items() if value not in ("", None)}
-
-
-def _text_of(path: Path, source: BufferedIOBase | None) -> str:
-    try:
-        data = _stream(source).read() if path == STREAM else path.read_bytes()
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{_named(path)} is not UTF-8; save it as UTF-8") from error
-
-
-def _stream(source: BufferedIOBase | None) -> BufferedIOBase:
-    if source is None:
-        raise UsageError("lines are to come from `-`, and no stream was given to read from")
-    return source
-
-
-def _named(path: Path) -> str:
-    return "standard input" if path == STREAM else str(path)
-
-
-def _understood(request: Request, model: DiffusionConfig) -> Request:
-    """What is told, by the model's kinds of condition.
-
-    Text is text for the user, whichever way the model reads it; a column may be a scalar's or a label
-    set's; and in a table boxes stand as JSON.
-    """
-    kinds = [condition.kind for condition in model.conditions]
-    numbers = next((one.names for one in model.conditions if one.kind == "scalars"), ())
-    classes = _classes(model)
-    sets = [one.name for one in classes.sets] if classes else []
-    told, scalars, labels = {}, {}, {}
-    for column, value in request.told.items():
-        name = ALIASES.get(column, column)
-        if column in sets and not isinstance(value, Mapping):
-            labels[column] = value
-        elif name in numbers:
-            scalars[name] = value
-        elif name == "class" and sets and isinstance(value, str) and value.startswith("{"):
-            told[name] = _from_json(request.where, name, value)
-        elif name == "text" and "text" not in kinds and "embedded-text" in kinds:
-            told["embedded-text"] = value
-        else:
-            told[name] = _from_json(request.where, name, value) if name in NESTED else value
-    if scalars:
-        told["scalars"] = {**told.get("scalars", {}), **scalars}
-    if labels:
-        told["class"] = {**_as_mapping(request.where, told.get("class", {})), **labels}
-    return request._replace(told=told)
-
-
-def _as_mapping(where: str, told: Any) -> Mapping[str, Any]:  # noqa: ANN401 - any JSON value
-    if not isinstance(told, Mapping):
-        raise DataError(f"{where}: {str(told)[:60]!r} names no label set, and others are named")
-    return told
-
-
-def _from_json(where: str, name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {name} is no JSON ({error}): {value[:60]}") from error
-
-
 def _require_known(request: Request, kinds: Sequence[str], model: str) -> None:
     for name in request.told:
         if name not in kinds:
@@ -306,7 +145,29 @@ def _rows_of_kind(
         texts = [str(request.told.get(condition.kind, "")) for request in requests]
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         return embedded(condition, list(places), config.text_weights)[[places[t] for t in texts]]
+    if isinstance(condition, EmbeddedImageCondition):
+        pictures = (_shown(condition, request) for request in requests)
+        return embedded_pictures(condition, pictures, config.image_weights)
     return torch.stack([_row(condition, request, sides) for request in requests])
+
+
+def _shown(condition: EmbeddedImageCondition, request: Request) -> Tensor | None:
+    """The picture that one sample is told; None where it is told none."""
+    value = request.told.get(condition.kind)
+    if value is None:
+        return None
+    with _blamed_on(request):
+        return read_shown(condition, value)
+
+
+@contextmanager
+def _blamed_on(request: Request) -> Iterator[None]:
+    """Say which option or line holds a value that is wrong."""
+    try:
+        yield
+    except (ValueError, DataError) as error:
+        typed = request.where.startswith("--")
+        raise (UsageError if typed else DataError)(f"{request.where}: {error}") from error
 
 
 def _row(condition: Any, request: Request, sides: Sides) -> Tensor:  # noqa: ANN401 - any stored condition
@@ -317,7 +178,7 @@ def _row(condition: Any, request: Request, sides: Sides) -> Tensor:  # noqa: ANN
             f"{request.where or 'the samples'}: the model has to be told {condition.kind}; give "
             "--conditions or --like"
         )
-    try:
+    with _blamed_on(request):
         row = kind.row(condition, value)
         wanted = kind.sides(condition, sides) if kind.sides else row.shape[-2:]
         if row.shape[-2:] != wanted:
@@ -326,9 +187,6 @@ def _row(condition: Any, request: Request, sides: Sides) -> Tensor:  # noqa: ANN
                 f"{wanted[1]} x {wanted[0]}"
             )
         return row
-    except (ValueError, DataError) as error:
-        typed = request.where.startswith("--")
-        raise (UsageError if typed else DataError)(f"{request.where}: {error}") from error
 
 
 def _as_the_set(

@@ -12,6 +12,7 @@ from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.data.encoding import Batch, Companions, Task, View, ViewSettings, read_batches
 from ldmkit.data.gaps import fill_gaps
 from ldmkit.data.latents import (
+    IMAGE_EMBEDDING,
     STORED_DTYPES,
     Row,
     box_columns,
@@ -33,6 +34,9 @@ Embed = Callable[[Sequence[str]], Tensor]
 Fill = Callable[[Tensor, Tensor], Tensor]
 """Pictures `[b, c, h, w]` in [-1, 1] and holes `[b, h, w]`, bool -> the pictures, their holes filled."""
 
+See = Callable[[Tensor], Tensor]
+"""Pictures `[b, c, h, w]` in [-1, 1] -> their embeddings `[b, t, w]`, float32; of none, too."""
+
 
 class Work(NamedTuple):
     """What stays the same from shard to shard."""
@@ -50,6 +54,8 @@ class Work(NamedTuple):
     """How the column text is made; None where there is none."""
     fill: Fill | None = None
     """How the column masked is made; None where there is none."""
+    see: See | None = None
+    """How the column image_embedding is made; None where there is none."""
 
 
 class Shard(NamedTuple):
@@ -67,6 +73,8 @@ class EncodedBatch(NamedTuple):
     std: Tensor | None
     masked: Tensor | None
     """Means of the pictures whose holes are filled."""
+    embedded: Tensor | None
+    """Embeddings of the pictures."""
 
 
 def bytes_of(config: EncodeConfig, facts: AutoencoderFacts, pictures: int) -> int:
@@ -99,7 +107,7 @@ def encode_shards(
         for batch in members:
             bad_left -= bad_in(batch, bad_left)
             stored = STORED_DTYPES[config.dtype]
-            parts.append(encode_batch(model, batch, batch_size, stored, work.fill))
+            parts.append(encode_batch(model, batch, batch_size, stored, work.fill, work.see))
             bar.advance(len(batch.readings))
         yield tasks[number], build_shard(model, tasks[number], parts, work)
 
@@ -128,10 +136,11 @@ def encode_batch(
     batch_size: int,
     stored: torch.dtype,
     fill: Fill | None = None,
+    see: See | None = None,
 ) -> EncodedBatch:
-    """Mean and standard deviation of the posteriors, as they are stored."""
+    """Mean and standard deviation of the posteriors, and what goes with them, as they are stored."""
     if batch.images is None:
-        return EncodedBatch(batch, None, None, None)
+        return EncodedBatch(batch, None, None, None, None)
     images = fill_gaps(batch.images).images
     posteriors = [model.encode(part.to(model.device)) for part in images.split(batch_size)]
     mean = torch.cat([posterior.mean.to(stored).cpu() for posterior in posteriors])
@@ -141,7 +150,8 @@ def encode_batch(
         filled = fill(images, _holes_of(batch)).split(batch_size)
         means = [model.encode(part.to(model.device)).mean for part in filled]
         masked = torch.cat([part.to(stored).cpu() for part in means])
-    return EncodedBatch(batch, mean, torch.cat(stds) if stds else None, masked)
+    embedded = None if see is None else see(images).half()
+    return EncodedBatch(batch, mean, torch.cat(stds) if stds else None, masked, embedded)
 
 
 def _holes_of(batch: Batch) -> Tensor:
@@ -174,6 +184,8 @@ def build_shard(model: Autoencoder, task: Task, parts: Sequence[EncodedBatch], w
         masked = torch.cat([none, *(part.masked for part in parts if part.masked is not None)])
         require_finite(masked, rows, "the masked latents", "try --dtype float32")
         extra["masked"] = masked
+    if work.see is not None:
+        extra |= picture_embeddings(parts, rows, work.see)
     tensors = shard_tensors(mean, std, rows, extra)
     changes = tally_of((task.items[reading.place].key, reading.conversions) for reading in readings)
     facts = ShardFacts(
@@ -241,6 +253,20 @@ def text_embeddings(rows: Sequence[Row], embed: Embed) -> dict[str, Tensor]:
         found[told] = embed([text for text in texts if text]).half()
     require_finite(found, rows, "the text embedding", "take another --text-encoder")
     return {"text": found, "text.empty": empty}
+
+
+def picture_embeddings(
+    parts: Sequence[EncodedBatch], rows: Sequence[Row], see: See
+) -> dict[str, Tensor]:
+    """The embeddings of a shard's pictures, as they are stored.
+
+    Raises:
+        DataError: one is not finite as float16.
+    """
+    none = see(torch.empty(0, 1, 1, 1)).half()
+    found = torch.cat([none, *(part.embedded for part in parts if part.embedded is not None)])
+    require_finite(found, rows, "the picture embedding", "take another --image-encoder")
+    return {IMAGE_EMBEDDING: found}
 
 
 def first_line(caption: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldmkit.condition_configs import ClassCondition
 from ldmkit.conditioning.classes import CLASS
 from ldmkit.conditioning.condition import Condition
+from ldmkit.conditioning.frozen_image import EMBEDDED_IMAGE
 from ldmkit.conditioning.frozen_text import EMBEDDED_TEXT
 from ldmkit.conditioning.image import IMAGE
 from ldmkit.conditioning.kind import Kind, Reader
@@ -77,5 +78,6 @@ KINDS: dict[str, Kind] = {
     "mask": MASK,
     "scalars": SCALARS,
     "image": IMAGE,
+    "embedded-image": EMBEDDED_IMAGE,
 }
 """Keep in step with `condition_configs.ConditionKind`; a test compares them."""

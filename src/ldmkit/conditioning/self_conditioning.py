@@ -39,7 +39,8 @@ def remembering(denoise: DenoiseUnder) -> DenoiseUnder:
 
     def denoise_on(x: Latents, sigma: Sigmas, condition: Condition) -> Latents:
         nonlocal previous
-        previous = denoise(x, sigma, condition._replace(previous=previous))
-        return previous
+        found = denoise(x, sigma, condition._replace(previous=previous))
+        previous = found.detach()  # a gradient through this call must not hold those before
+        return found
 
     return denoise_on

@@ -41,7 +41,10 @@ class SelfAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention, then a GELU layer four times as wide, each behind a LayerNorm and with a residual."""
+    """Self-attention, then a GELU layer four times as wide, each behind a LayerNorm and with a residual.
+
+    Both start as nothing, so that at first each token says what it is and not what all have in common.
+    """
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -49,6 +52,9 @@ class EncoderBlock(nn.Module):
         self.attention = SelfAttention(width, heads, head_width)
         self.expand = nn.Linear(width, FEED_FORWARD_FACTOR * width)
         self.contract = nn.Linear(FEED_FORWARD_FACTOR * width, width)
+        for branch in (self.attention.to_out, self.contract):
+            nn.init.zeros_(branch.weight)
+            nn.init.zeros_(branch.bias)
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Let tokens see each other; the shape stays."""
@@ -85,12 +91,6 @@ class TokenTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         for embedding in (self.token_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
-        for (
-            block
-        ) in self.blocks:  # at first every token says what it is, not what all have in common
-            for branch in (block.attention.to_out, block.contract):
-                nn.init.zeros_(branch.weight)
-                nn.init.zeros_(branch.bias)
 
     def forward(self, ids: Ids) -> Tokens:
         """Ids `[batch, length]` to tokens `[batch, length, width]`."""

@@ -112,7 +112,7 @@ class LatentSet:
 
         Args:
             name: of a column whose samples each have one shape: mean, std, label, labels, view, labelmap,
-                mask, lowres, scalars, text, hole or masked.
+                mask, lowres, scalars, text, hole, masked, image or image_embedding.
             indices: of the samples.
 
         Returns:

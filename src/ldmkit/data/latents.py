@@ -25,6 +25,7 @@ and, where the source has them or they were asked for:
     hole          [N, H, W]      1 = to be painted in, uint8
     masked        [N, z, h, w]   mean of the posterior of the picture whose hole is filled
     image         [N, C, H, W]   the picture itself, uint8
+    image_embedding [N, t, w]    embedding of the picture as it was encoded, float16
 
 `manifest.json` comes last and names every shard with its size and sha256. A set without it is
 unfinished and is refused.
@@ -50,6 +51,7 @@ from ldmkit.facts import Facts, Manifest, ShardEntry, ShardFacts, Whitening
 from ldmkit.modelfile import versions
 from ldmkit.tensors import Latents
 
+IMAGE_EMBEDDING = "image_embedding"
 COLUMNS = (
     "mean",
     "std",
@@ -68,6 +70,7 @@ COLUMNS = (
     "hole",
     "image",
     "masked",
+    IMAGE_EMBEDDING,
 )
 STORED_DTYPES = {
     "float16": torch.float16,

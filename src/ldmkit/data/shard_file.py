@@ -53,6 +53,7 @@ FORMS = {
     "hole": Form(("U8",), 3),
     "masked": Form(LATENT_DTYPES, 4),
     "image": Form(("U8",), 4),
+    "image_embedding": Form(("F16",), 3),
 }
 """Column -> form. The others are texts and boxes."""
 

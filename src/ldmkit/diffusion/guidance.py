@@ -18,6 +18,8 @@ from ldmkit.tensors import Latents, Sigmas
 
 Combination = Literal["composed", "nested"]
 GrowthName = Literal["constant", "linear", "cosine"]
+PROBE = 0.1
+"""Standard deviation of the step, in whitened latents, by which a decoder's slope is measured."""
 Growth = Callable[[Sigmas], Sigmas]
 """Noise levels to factors on weight - 1."""
 
@@ -127,6 +129,8 @@ def image_guided(
     target: Float[Tensor, "batch ..."],
     downsample: Callable[[Tensor], Tensor],
     scale: float,
+    *,
+    bounded: bool = False,
 ) -> Denoise:
     """Guidance by a picture behind the decoder, without training (Rombach et al. 2022, App. C).
 
@@ -141,6 +145,9 @@ def image_guided(
         downsample: pictures to what is compared: smaller pictures, or features of a perceptual
             distance.
         scale: 1 / variance of the difference that is allowed for each number of `target`; 0 = none.
+        bounded: go no further along the gradient than where the difference, taken as linear, is smallest
+            (Cauchy's step). Without it a scale that is right at low noise overshoots at high noise, where
+            all of a picture moves at once. Costs one decoding more.
 
     The result raises ValueError in inference mode, and where the target's shape does not fit.
     """
@@ -160,7 +167,14 @@ def image_guided(
                 )
             difference = seen - target
             (gradient,) = torch.autograd.grad(-scale / 2.0 * difference.square().sum(), noisy)
-        return clean.detach() + sigma.view(-1, 1, 1, 1) ** 2 * gradient
+        clean, step = clean.detach(), sigma.view(-1, 1, 1, 1) ** 2 * gradient
+        if bounded:
+            rms = step.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+            probe = (PROBE / rms.clamp(min=torch.finfo(rms.dtype).tiny)).clamp(max=1.0)
+            with torch.no_grad():
+                moved = (downsample(decode(clean + probe * step)) - seen) / probe
+            step = _best_share(difference.detach(), moved) * step
+        return clean + step
 
     return guided
 
@@ -186,6 +200,14 @@ def growing(kind: GrowthName, sigmas: Float[Tensor, " steps_plus_1"]) -> Growth 
         return 2.0 * progress if kind == "linear" else 1.0 - torch.cos(math.pi * progress)
 
     return factor
+
+
+def _best_share(difference: Tensor, moved: Tensor) -> Tensor:
+    """Share of a step, 0 to 1, after which difference + share moved is smallest; `[b, 1, 1, 1]`."""
+    moved, difference = moved.flatten(1), difference.flatten(1)
+    length = moved.square().sum(1)
+    share = -(difference * moved).sum(1) / length.clamp(min=torch.finfo(length.dtype).tiny)
+    return share.clamp(0.0, 1.0).view(-1, 1, 1, 1)
 
 
 def _require_sense(guidance: Guidance) -> None:

@@ -9,11 +9,9 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
-from ldmkit.autoencoder.latent_shards import Embed, Fill, Work, bytes_of, encode_shards, first_line
+from ldmkit.autoencoder.latent_shards import Fill, Work, bytes_of, encode_shards
 from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.conditioning.mask import Convention, fill_hole
-from ldmkit.conditioning.text_tower import FrozenTower, encode_texts, load_tower
-from ldmkit.conditioning.tokenizer import proper_caption
 from ldmkit.configs import STREAM
 from ldmkit.data.buckets import bucket_shapes, sorted_into_buckets
 from ldmkit.data.encoding import (
@@ -36,7 +34,6 @@ from ldmkit.data.former_set import (
 from ldmkit.data.images import say_what_is_clipped
 from ldmkit.data.items import Item, Source
 from ldmkit.data.latents import WrittenShard, build_manifest, shard_name
-from ldmkit.data.locations import shown
 from ldmkit.data.masks import SMALLEST_SIDE
 from ldmkit.data.sources import open_source
 from ldmkit.data.tally import lines_of
@@ -48,6 +45,7 @@ from ldmkit.manifest import MANIFEST, write_manifest
 from ldmkit.modelfile import save, write_message
 from ldmkit.ownership import owned
 from ldmkit.terminal import say, track
+from ldmkit.towers import Towers, towers_of
 from ldmkit.training.runtime import pick_device
 
 CONVENTIONS: dict[HoleFill, Convention] = {"black": "ldm", "grey": "sd"}
@@ -82,8 +80,8 @@ def _encoded(config: EncodeConfig, stream: BufferedIOBase | None) -> Path | None
     job, jobs = job_of(config)
     facts = autoencoder_facts(config.ae)
     source = open_source(config, max_bad=config.max_bad)
-    tower = text_tower(config, source) if config.text_encoder else None
-    work = plan_work(config, facts, source, tower)
+    towers = towers_of(config, facts, source)
+    work = plan_work(config, facts, source, towers)
     tasks = plan_tasks(config, work, source.items)
     former: Manifest | None = None
     before: list[str] = []  # shards that this call adds to
@@ -171,36 +169,8 @@ def job_of(config: EncodeConfig) -> tuple[int, int]:
     return part, count
 
 
-def text_tower(config: EncodeConfig, source: Source) -> FrozenTower:
-    """What embeds the captions, on the device.
-
-    Raises:
-        DataError: there are no captions, one of them cannot be embedded, or the weights are missing or
-            damaged.
-        UsageError: no weights are given, or the architecture is unknown.
-    """
-    if not any(item.caption for item in source.items):
-        raise DataError(
-            f"--text-encoder embeds captions, and no picture of {shown(config.data)} has one"
-        )
-    for item in source.items:
-        try:
-            proper_caption(first_line(item.caption))
-        except ValueError as error:
-            raise DataError(f"the caption of {item.name} cannot be embedded: {error}") from error
-    tower = load_tower(
-        config.text_encoder or "",
-        config.text_weights,
-        config.text_output,
-        option="--text-weights",
-        pad_with_end=config.text_pad_with_end,
-    )
-    tower.network.to(pick_device(config.device))
-    return tower
-
-
 def plan_work(
-    config: EncodeConfig, facts: AutoencoderFacts, source: Source, tower: FrozenTower | None
+    config: EncodeConfig, facts: AutoencoderFacts, source: Source, towers: Towers
 ) -> Work:
     """What decides the bytes of every shard.
 
@@ -236,19 +206,15 @@ def plan_work(
         "lowres": config.lowres > 0,
         "labels": bool(source.label_sets),
         "scalars": config.scalars is not None,
-        "text": tower is not None,
         "hole": config.holes is not None,
         "masked": config.holes is not None,
         "image": config.keep_pictures,
     }
-    stored = sorted(name for name, there in columns.items() if there)
+    stored = sorted([*towers.recipes, *(name for name, there in columns.items() if there)])
     lowres = None
     if config.lowres:
         lowres = LowResolution(config.lowres, config.lowres_degradation, config.seed, facts.depth)
     holes = Holes(config.holes, config.seed) if config.holes else None
-    embed: Embed | None = None
-    if tower is not None:
-        embed = partial(encode_texts, tower, batch=config.batch_size)
     fill: Fill | None = None
     if holes is not None:
         fill = partial(fill_hole, convention=CONVENTIONS[config.hole_fill])
@@ -262,17 +228,15 @@ def plan_work(
         "buckets": [config.bucket_step, config.bucket_ratio] if config.buckets else None,
         "lowres": lowres_recipe(lowres),
         "columns": stored,
-        **recipe_of_columns(config, source, holes, tower),
+        **recipe_of_columns(config, source, holes),
+        **towers.recipes,
     }
     companions = Companions(lowres, holes)
-    return Work(
-        recipe, preprocessing, views, frozenset(stored), facts.depth, companions, embed, fill
-    )
+    made = (towers.texts, fill, towers.pictures)
+    return Work(recipe, preprocessing, views, frozenset(stored), facts.depth, companions, *made)
 
 
-def recipe_of_columns(
-    config: EncodeConfig, source: Source, holes: Holes | None, tower: FrozenTower | None
-) -> Facts:
+def recipe_of_columns(config: EncodeConfig, source: Source, holes: Holes | None) -> Facts:
     """What decides the bytes of the columns that conditions need; nothing of those not asked for."""
     recipe: Facts = {}
     if source.label_sets:
@@ -282,13 +246,6 @@ def recipe_of_columns(
         recipe["labelmap_colours"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     if config.scalars is not None:
         recipe["scalars"] = list(config.scalars)
-    if tower is not None:
-        recipe["text"] = {
-            "encoder": config.text_encoder,
-            "output": config.text_output,
-            "pad_with_end": config.text_pad_with_end,
-            "fingerprint": tower.fingerprint,
-        }
     if holes is not None:
         seed = {} if holes.kind == "given" else {"seed": holes.seed}
         recipe["holes"] = {"kind": holes.kind, "fill": config.hole_fill, **seed}

@@ -16,6 +16,7 @@ from ldmkit.encodings import Encodings
 from ldmkit.errors import InterruptedRun, UsageError
 from ldmkit.facts import DiffusionFacts, SampleFacts
 from ldmkit.generation_configs import SampleConfig
+from ldmkit.guiding import SteerOf, guide_digest, guide_of
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.manner import manner_of
 from ldmkit.modelfile import save, versions, write_message
@@ -38,7 +39,7 @@ from ldmkit.training.runtime import groups_of, pick_device
 
 HOW = (
     *("grid", "eta", "guidance_combination", "guidance_interval", "guidance_rescale"),
-    *("guidance_growth", "negative", "weaker"),
+    *("guidance_growth", "negative", "weaker", "guide_image", "guide_factor", "guide_scale"),
 )
 """Options that change samples, beside sampler, steps and weight."""
 BESIDE = {
@@ -70,6 +71,7 @@ class Work(NamedTuple):
     facts: DiffusionFacts
     manner: Manner
     origins: Origins
+    steer_of: SteerOf
     encode: Encodings
     device: torch.device
 
@@ -121,6 +123,7 @@ def sample(
     device = pick_device(config.device)
     model = load_diffusion(config.model, device)
     manner = manner_of(config, model)
+    steer_of = guide_of(config, model, facts)
     origins = origins_of(
         config,
         model,
@@ -128,7 +131,7 @@ def sample(
         manner,
         lambda asking: asked_of(asking, model.config, facts.latent_shape, source),
     )
-    work = Work(config, model, facts, manner, origins, Encodings(), device)
+    work = Work(config, model, facts, manner, origins, steer_of, Encodings(), device)
     total, job = len(origins.asked.said), _job(config)
     mine = share_of(total, job)
     if not mine:
@@ -236,7 +239,7 @@ def _drawn_group(work: Work, numbers: Sequence[int], on_estimate: Any) -> Latent
         (len(numbers), *work.facts.latent_shape),
         origins.noise(numbers),
         work.manner,
-        origins.origin(numbers),
+        origins.origin(numbers)._replace(steer=work.steer_of(numbers)),
         work.encode,
         on_estimate,
     )
@@ -279,7 +282,7 @@ def _block_facts(work: Work, place: tuple[int, int], wanted: str | None) -> Samp
 
 def _everything(work: Work) -> dict[str, Any]:
     """All that decides the bytes of the samples."""
-    weaker = work.config.weaker
+    weaker, guide = work.config.weaker, work.config.guide_image
     return {
         "options": work.config.model_dump(mode="json", exclude=BESIDE),
         "said": work.origins.asked.said,
@@ -287,6 +290,7 @@ def _everything(work: Work) -> dict[str, Any]:
         "origins": work.origins.facts,
         "diffusion": work.facts.fingerprint,
         "weaker": diffusion_facts(weaker).fingerprint if weaker else None,
+        "guide": guide_digest(guide) if guide else None,
         "device": work.device.type,
         "versions": versions(),
     }
