@@ -28,6 +28,7 @@ from ldmkit.diffusion.guidance import (
 )
 from ldmkit.diffusion.samplers import SAMPLERS, DenoiseAt, Levels, run_sampler
 from ldmkit.diffusion.schedule import Schedule
+from ldmkit.diffusion.tiles import Tiling, Window, tiled
 from ldmkit.generation_configs import GridName, SamplerName
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.tensors import Latents, Noise
@@ -63,6 +64,8 @@ class Manner(NamedTuple):
     """auto: the schedule's own."""
     settings: Mapping[str, Any] = MappingProxyType({})
     """Parameters of the sampler that differ from their defaults."""
+    tiling: Tiling | None = None
+    """Windows to denoise in; None: all at once."""
 
 
 @torch.no_grad()
@@ -86,7 +89,7 @@ def draw_latents(
         ValueError: the schedule has no such grid, or the sampler no such settings.
     """
     sigmas = levels_of(model.schedule, manner)
-    denoise = denoise_at(model, values, manner.guide, sigmas)
+    denoise = denoise_at(model, values, manner.guide, sigmas, manner.tiling)
     start = noise(torch.empty(*shape, device=model.latent_mean.device))
     clean = run_sampler(
         manner.sampler,
@@ -126,7 +129,11 @@ def guide_together(conditions: Sequence[ConditionConfig], weight: float) -> Guid
 
 
 def denoise_at(
-    model: LatentDiffusion, values: Values, guide: Guide | None, sigmas: Levels
+    model: LatentDiffusion,
+    values: Values,
+    guide: Guide | None,
+    sigmas: Levels,
+    tiling: Tiling | None = None,
 ) -> DenoiseAt:
     """The model with everything settled but latents and noise level.
 
@@ -135,14 +142,16 @@ def denoise_at(
         values: what the samples are told.
         guide: what guides it.
         sigmas: the sampler's noise levels, over which weights may grow.
+        tiling: windows to denoise in, guidance included; None for all at once.
     """
     told = model.received(values)
     denoise: Denoise = _seeing(model)
     condition: Settled = model.condition(told)
     if guide is not None:
         denoise, condition = _guided(model, told, guide, sigmas)
-    models = (model, *((guide.weaker,) if guide and guide.weaker else ()))
-    if not any(one.config.unet.self_conditioning for one in models):
+    if tiling is not None:
+        denoise = tiled(denoise, tiling, _within)
+    if not any(one.config.unet.self_conditioning for one in models_of(model, guide)):
         return lambda x, sigma: denoise(x, sigma, condition)
 
     def denoise_seeing(x: Latents, sigma: Tensor, seen: Condition) -> Latents:
@@ -150,6 +159,11 @@ def denoise_at(
 
     remembered = remembering(denoise_seeing)
     return lambda x, sigma: remembered(x, sigma, Condition())
+
+
+def models_of(model: LatentDiffusion, guide: Guide | None) -> tuple[LatentDiffusion, ...]:
+    """All models that samples are drawn from."""
+    return (model, *((guide.weaker,) if guide and guide.weaker else ()))
 
 
 def seeded_noise(seeds: Sequence[int]) -> Noise:
@@ -197,6 +211,15 @@ def _seeing(model: LatentDiffusion) -> DenoiseUnder:
     if model.config.unet.self_conditioning:
         return model.denoise
     return lambda x, sigma, condition: model.denoise(x, sigma, condition._replace(previous=None))
+
+
+def _within(condition: Settled, window: Window) -> Settled:
+    """A condition, or both of a pair, of a window: maps are cut, what has no place stays."""
+    if not isinstance(condition, Condition):
+        return type(condition)(*(_within(part, window) for part in condition))
+    maps = (condition.channels, condition.previous)
+    channels, previous = (None if x is None else window.of(x) for x in maps)
+    return condition._replace(channels=channels, previous=previous)
 
 
 def _with_previous(condition: Settled, previous: Latents | None) -> Settled:

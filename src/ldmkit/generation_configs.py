@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ldmkit.canvas_configs import CanvasConfig
 from ldmkit.configs import STREAM
 from ldmkit.fields import (
     Config,
@@ -76,7 +77,7 @@ class SamplerOptions(Config):
     )
 
 
-class SampleConfig(Config):
+class SampleConfig(CanvasConfig):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
 
     model: Path = argument("Diffusion model file")

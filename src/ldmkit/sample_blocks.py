@@ -11,10 +11,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from ldmkit.canvas_configs import Seamless
 from ldmkit.data.latents import unragged
-from ldmkit.errors import DataError
+from ldmkit.decode_configs import DecodeConfig
+from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import SampleFacts, validated
 from ldmkit.modelfile import load_messages
+from ldmkit.networks.seamless import AXES
 from ldmkit.tensors import Images, Latents
 
 COLUMNS = ("latents", "seed", "told.bytes", "told.offsets")
@@ -80,6 +83,30 @@ def read_sample_stream(file: BufferedIOBase, source: str) -> Iterator[Block]:
         decisive = [tensors[name] for name in ("latents", IMAGE, HOLE) if name in tensors]
         digests = [_digest(decisive, row) for row in range(len(latents))]
         yield Block(latents, seeds, told, inpainted, digests, facts)
+
+
+def seamless_of(facts: SampleFacts, config: DecodeConfig, source: str) -> Seamless:
+    """Along which axes samples are decoded as pictures without borders: as asked, or as they were drawn.
+
+    Args:
+        facts: of the first block.
+        config: of `decode`.
+        source: how to call the samples in errors.
+
+    Raises:
+        DataError: the samples say something that is none of the axes.
+        UsageError: they are to be decoded in tiles.
+    """
+    drawn = facts.manner.get("seamless", "none")
+    if drawn not in AXES:
+        raise DataError(f"{source} was drawn with seamless {drawn!r}: known are {', '.join(AXES)}")
+    found = drawn if config.seamless == "auto" else config.seamless
+    if found != "none" and config.tile:
+        raise UsageError(
+            f"--tile: pictures without borders (seamless {found}) are decoded as a whole; leave out --tile, "
+            "or take --seamless none"
+        )
+    return found
 
 
 def words_of(told: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldmkit.assembly import autoencoder_facts, load_autoencoder, require_same_autoencoder
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.tiling import compute_in_tiles
+from ldmkit.canvas_configs import Seamless
 from ldmkit.conditioning.mask import blended
 from ldmkit.configs import STREAM
 from ldmkit.data.tar_members import END
@@ -21,6 +22,7 @@ from ldmkit.durable import atomic_file, sweep_temporaries
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import AutoencoderFacts
 from ldmkit.modelfile import versions
+from ldmkit.networks.seamless import AXES, wrap_convolutions
 from ldmkit.output.contact_sheet import MAX_PICTURES, Thumbnail, contact_sheet, thumbnail
 from ldmkit.output.formats import (
     FORMATS,
@@ -35,7 +37,13 @@ from ldmkit.output.provenance import KEY, Provenance, as_text, provenance_of
 from ldmkit.output.tar import tar_member
 from ldmkit.output.threads import in_order, read_ahead
 from ldmkit.pixels import OneImage, save_png
-from ldmkit.sample_blocks import Block, read_sample_stream, read_samples, words_of
+from ldmkit.sample_blocks import (
+    Block,
+    read_sample_stream,
+    read_samples,
+    seamless_of,
+    words_of,
+)
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import groups_of, pick_device
 
@@ -76,6 +84,7 @@ class Manner(NamedTuple):
     device: torch.device
     source: str
     """How to call the samples in errors."""
+    seamless: Seamless = "none"
 
     def path(self, name: str) -> Path:
         """Where the picture of that name lies."""
@@ -99,7 +108,8 @@ def decode(
 
     Raises:
         DataError: the samples are not of this autoencoder, are damaged, or the stream ended early.
-        UsageError: the format cannot hold the autoencoder's channels, or there is no stream.
+        UsageError: the format cannot hold the autoencoder's channels, options do not go together, or there
+            is no stream.
     """
     if config.tar == STREAM and output is None:
         raise UsageError("tar is `-`, and no stream was given to write to")
@@ -125,6 +135,8 @@ def decode(
         require_same_autoencoder(first.facts.autoencoder, config.ae, f"the samples in {source}")
         if config.feather and first.inpainted is None:
             raise UsageError(f"--feather: the samples in {source} carry no pictures with holes")
+        manner = manner._replace(seamless=seamless_of(first.facts, config, source))
+        wrap_convolutions(model.decoder, AXES[manner.seamless])
         mine = share_of(first.facts.total, config.part)
         listing, add = None, None
         if config.tar is None:
@@ -228,6 +240,8 @@ def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -
         decoded["quality"] = config.quality
     if config.tile and config.tiling == "independent":
         decoded["tile"] = config.tile
+    if manner.seamless != "none":
+        decoded["seamless"] = manner.seamless
     if block.inpainted is not None:
         decoded["feather"] = config.feather
     record = {

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ldmkit.assembly import diffusion_facts, load_diffusion
+from ldmkit.canvas import canvas_of, make_seamless
 from ldmkit.configs import STREAM
 from ldmkit.data.latents import text_columns
-from ldmkit.drawing import draw_latents, seeded_noise
+from ldmkit.drawing import draw_latents, models_of, seeded_noise
 from ldmkit.errors import UsageError
 from ldmkit.facts import DiffusionFacts, SampleFacts
 from ldmkit.generation_configs import SampleConfig
@@ -22,7 +23,7 @@ from ldmkit.training.runtime import groups_of, pick_device
 
 HOW = (
     *("grid", "eta", "guidance_combination", "guidance_interval", "guidance_rescale"),
-    *("guidance_growth", "negative", "weaker"),
+    *("guidance_growth", "negative", "weaker", "size", "tile", "tile_overlap", "seamless"),
 )
 """Options that change samples, beside sampler, steps and weight."""
 
@@ -43,7 +44,7 @@ def sample(
         The sample file; None if it was streamed.
 
     Raises:
-        UsageError: an unknown class, a sampler or guidance that does not fit, or `-` without a stream.
+        UsageError: an unknown class, a sampler, guidance or size that does not fit, or `-` without a stream.
         DataError: a model file cannot be used, or a line of a file of conditions.
     """
     if config.out == STREAM and stream is None:
@@ -51,8 +52,11 @@ def sample(
     facts = diffusion_facts(config.model)
     device = pick_device(config.device)
     model = load_diffusion(config.model, device)
-    manner = manner_of(config, model)
-    asked = asked_of(config, model.config, facts.latent_shape, source)
+    canvas = canvas_of(config, model, facts)
+    manner = manner_of(config, model)._replace(tiling=canvas.tiling)
+    for one in models_of(model, manner.guide):
+        make_seamless(one, canvas)
+    asked = asked_of(config, model.config, canvas.shape, source)
 
     total = len(asked.said)
     seeds = torch.arange(total, dtype=torch.int64) + config.seed
@@ -64,7 +68,7 @@ def sample(
             for group, kept in groups_of(len(seeds[rows]), config.batch_size, device):
                 numbers = (first + group).tolist()
                 noise = seeded_noise(seeds[numbers].tolist())
-                shape = (len(numbers), *facts.latent_shape)
+                shape = (len(numbers), *canvas.shape)
                 part = draw_latents(model, asked.values(numbers), shape, noise, manner)
                 parts.append(part[:kept].cpu())
                 progress.advance(kept)
