@@ -15,7 +15,7 @@ from conftest import SIZE
 from ldmkit.assembly import diffusion_facts, load_autoencoder, load_diffusion, save_diffusion
 from ldmkit.autoencoder.networks import Decoder, Encoder
 from ldmkit.autoencoder_configs import AutoencoderConfig
-from ldmkit.canvas import Canvas, canvas_of, make_seamless
+from ldmkit.canvas import Canvas, canvas_of, make_seamless, pixels_of_a_latent
 from ldmkit.canvas_configs import CanvasConfig
 from ldmkit.condition_configs import ClassCondition, LayoutCondition, LowResCondition
 from ldmkit.decode_configs import DecodeConfig
@@ -25,7 +25,7 @@ from ldmkit.diffusion.tiles import Tiling, tiled, windows_of
 from ldmkit.diffusion_configs import DiffusionConfig, ScheduleConfig, UNetConfig
 from ldmkit.drawing import Guide, Manner, denoise_at, draw_latents, seeded_noise
 from ldmkit.errors import DataError, UsageError
-from ldmkit.facts import DiffusionFacts, Whitening
+from ldmkit.facts import DiffusionFacts, Manifest, Whitening
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import load, read_header, save
@@ -425,3 +425,18 @@ def test_options_of_windows_stand_together(run, pipeline):
     done = run("sample", pipeline.ldm, "--size", "5x")
     assert done.returncode == 2
     assert b"WIDTHxHEIGHT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape", "expected"),
+    [
+        ({"preprocessing": {"size": 64}}, (4, 16, 16), 4),
+        ({"preprocessing": {"size": 64}}, (4, 12, 20), 4),  # of a set of several shapes
+        ({"preprocessing": {"size": 256}}, (4, 32, 32), 8),
+        ({"preprocessing": {"size": 32}}, (3, 32, 32), 1),
+        ({}, (4, 16, 16), None),
+    ],
+)
+def test_a_set_says_how_many_pixels_a_latent_stands_for(recipe, shape, expected):
+    manifest = Manifest.model_construct(recipe=recipe, latent_shape=shape)
+    assert pixels_of_a_latent(manifest) == expected
