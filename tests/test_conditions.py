@@ -531,7 +531,7 @@ def test_a_set_of_another_size_is_one_sentence(world, tmp_path, run):
     small = other_set(world, tmp_path, lambda lines: None, size=16, lowres=2)
     done = run("sample", model, "--like", small.directory, "-o", tmp_path / "out.safetensors")
     assert done.returncode == 3
-    assert b"has latents of (4, 4, 4); the model was trained on (4, 8, 8)" in done.stderr
+    assert b"has latents of (4, 4, 4); the samples are to be (4, 8, 8)" in done.stderr
 
 
 def test_several_conditions_stand_beside_each_other(world):

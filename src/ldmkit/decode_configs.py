@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ldmkit.canvas_configs import Seamless
 from ldmkit.configs import STREAM
 from ldmkit.data_configs import SCRATCH, TILE, TILING, Job
 from ldmkit.fields import Config, Count, Positive, argument, field
@@ -56,6 +57,11 @@ class DecodeConfig(Config):
         " first 64; for samples drawn with --keep-path",
     )
     labels: bool = field(False, "Write the pictures' names under them in the sheet")
+    seamless: Literal["auto", Seamless] = field(
+        "auto",
+        "Decode as pictures that continue at their opposite border, along x, y or both; auto = as the samples"
+        " were drawn",
+    )
     feather: Count = field(
         0,
         "Inpainting: width of the rim around the hole in which the given and the decoded picture are mixed,"

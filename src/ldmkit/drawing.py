@@ -30,6 +30,7 @@ from ldmkit.diffusion.guidance import (
 from ldmkit.diffusion.known_region import KnownRegion, keeping, surrounded
 from ldmkit.diffusion.samplers import SAMPLERS, DenoiseAt, Levels, run_sampler
 from ldmkit.diffusion.schedule import Schedule
+from ldmkit.diffusion.tiles import Tiling, Window, tiled
 from ldmkit.generation_configs import GridName, SamplerName
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.tensors import Latents, Noise
@@ -73,6 +74,8 @@ class Manner(NamedTuple):
     """Parameters of the sampler that differ from their defaults."""
     share: float = 1.0
     """Of the noise levels that is walked, the less noisy ones; 0 < share <= 1."""
+    tiling: Tiling | None = None
+    """Windows to denoise in; None: all at once."""
 
 
 class Destination(NamedTuple):
@@ -125,7 +128,7 @@ def draw_latents(
         ValueError: the schedule has no such grid, or the sampler no such settings.
     """
     sigmas = levels_of(model.schedule, manner)
-    denoise = denoise_at(model, values, manner.guide, sigmas, origin.towards, encode)
+    denoise = denoise_at(model, values, manner.guide, sigmas, origin.towards, encode, manner.tiling)
     if origin.steer is not None:
         denoise = origin.steer(denoise)
     unit = noise(torch.empty(*shape, device=model.latent_mean.device))
@@ -179,6 +182,7 @@ def denoise_at(
     sigmas: Levels,
     towards: Destination | None = None,
     encode: Encode = LatentDiffusion.condition,
+    tiling: Tiling | None = None,
 ) -> DenoiseAt:
     """The model with everything settled but latents and noise level.
 
@@ -189,13 +193,15 @@ def denoise_at(
         sigmas: the sampler's noise levels, over which weights may grow.
         towards: what else they are told, in part.
         encode: what makes conditions.
+        tiling: windows to denoise in, guidance included; None for all at once.
     """
     denoise, condition = _settled(model, values, guide, sigmas, encode)
     if towards is not None:
         _, other = _settled(model, towards.values, guide, sigmas, encode)
         condition = _between(condition, other, towards.share)
-    models = (model, *((guide.weaker,) if guide and guide.weaker else ()))
-    if not any(one.config.unet.self_conditioning for one in models):
+    if tiling is not None:
+        denoise = tiled(denoise, tiling, _within)
+    if not any(one.config.unet.self_conditioning for one in models_of(model, guide)):
         return lambda x, sigma: denoise(x, sigma, condition)
 
     def denoise_seeing(x: Latents, sigma: Tensor, seen: Condition) -> Latents:
@@ -215,6 +221,11 @@ def _watched(denoise: DenoiseAt, watch: Callable[[int, Latents], None]) -> Denoi
         return clean
 
     return watched
+
+
+def models_of(model: LatentDiffusion, guide: Guide | None) -> tuple[LatentDiffusion, ...]:
+    """All models that samples are drawn from."""
+    return (model, *((guide.weaker,) if guide and guide.weaker else ()))
 
 
 def seeded_noise(seeds: Sequence[int]) -> Noise:
@@ -298,6 +309,15 @@ def _seeing(model: LatentDiffusion) -> DenoiseUnder:
     if model.config.unet.self_conditioning:
         return model.denoise
     return lambda x, sigma, condition: model.denoise(x, sigma, condition._replace(previous=None))
+
+
+def _within(condition: Settled, window: Window) -> Settled:
+    """A condition, or both of a pair, of a window: maps are cut, what has no place stays."""
+    if not isinstance(condition, Condition):
+        return type(condition)(*(_within(part, window) for part in condition))
+    maps = (condition.channels, condition.previous)
+    channels, previous = (None if x is None else window.of(x) for x in maps)
+    return condition._replace(channels=channels, previous=previous)
 
 
 def _with_previous(condition: Settled, previous: Latents | None) -> Settled:

@@ -51,6 +51,8 @@ class DiffusionFacts(Config):
     """Fingerprint of the autoencoder whose latents it makes."""
     latent_shape: tuple[int, int, int]
     """z, height, width of the latents it was trained on."""
+    factor: int | None = None
+    """Pixels that a latent stands for along each side; None in files that do not say."""
     whitening: Whitening
     trained: Facts
     versions: dict[str, str]

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ldmkit.canvas_configs import CanvasConfig
 from ldmkit.configs import STREAM
 from ldmkit.fields import (
     Config,
@@ -79,7 +80,7 @@ class SamplerOptions(Config):
     )
 
 
-class SampleConfig(OriginConfig, ImageGuideConfig, SampleJobConfig):
+class SampleConfig(CanvasConfig, OriginConfig, ImageGuideConfig, SampleJobConfig):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
 
     model: Path = argument("Diffusion model file")

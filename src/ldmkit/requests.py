@@ -195,7 +195,7 @@ def _as_the_set(
     latents = LatentSet(directory)
     if list(latents.shapes) != [shape] and any(one.channels for one in model.conditions):
         other = next(found for found in latents.shapes if found != shape)
-        raise DataError(f"{directory} has latents of {other}; the model was trained on {shape}")
+        raise DataError(f"{directory} has latents of {other}; the samples are to be {shape}")
     readers = readers_of(model.conditions, ConditioningConfig().options_of, latents)
     indices = rows_of_set(latents, config.holdout)
     turns = indices[np.arange(config.num or USUAL) % len(indices)]

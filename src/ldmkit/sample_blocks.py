@@ -13,12 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.canvas_configs import Seamless
 from ldmkit.conditioning.mask import blended
 from ldmkit.container import read_headers
 from ldmkit.data.latents import unragged
-from ldmkit.errors import DataError
+from ldmkit.decode_configs import DecodeConfig
+from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import SampleFacts, SamplesSeen, validated
 from ldmkit.modelfile import load_messages, require_kind
+from ldmkit.networks.seamless import AXES
 from ldmkit.pixels import OneImage
 from ldmkit.tensors import Images, Latents
 
@@ -164,6 +167,30 @@ def picture_name(seed: int, words: str) -> str:
     """
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower())[:60].strip("-")
     return f"{seed:06d}-{slug}" if slug else f"{seed:06d}"
+
+
+def seamless_of(facts: SampleFacts, config: DecodeConfig, source: str) -> Seamless:
+    """Along which axes samples are decoded as pictures without borders: as asked, or as they were drawn.
+
+    Args:
+        facts: of the first block.
+        config: of `decode`.
+        source: how to call the samples in errors.
+
+    Raises:
+        DataError: the samples say something that is none of the axes.
+        UsageError: they are to be decoded in tiles.
+    """
+    drawn = facts.manner.get("seamless", "none")
+    if drawn not in AXES:
+        raise DataError(f"{source} was drawn with seamless {drawn!r}: known are {', '.join(AXES)}")
+    found = drawn if config.seamless == "auto" else config.seamless
+    if found != "none" and config.tile:
+        raise UsageError(
+            f"--tile: pictures without borders (seamless {found}) are decoded as a whole; leave out --tile, "
+            "or take --seamless none"
+        )
+    return found
 
 
 def words_of(told: dict[str, Any]) -> str:

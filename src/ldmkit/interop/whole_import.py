@@ -101,6 +101,7 @@ def write_whole_model(found: WholeModel, config: ImportConfig, out: Path) -> Pat
             fingerprint="",
             autoencoder=autoencoder_facts(path).fingerprint,
             latent_shape=(z, *size),
+            factor=stage.factor,
             whitening=whitening,
             trained=trained,
             versions=versions(),

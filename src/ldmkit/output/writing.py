@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from ldmkit.canvas_configs import Seamless
 from ldmkit.decode_configs import DecodeConfig, PictureFormat
 from ldmkit.durable import atomic_file
 from ldmkit.facts import AutoencoderFacts
@@ -58,6 +59,8 @@ class Manner(NamedTuple):
     device: torch.device
     source: str
     """How to call the samples in errors."""
+    seamless: Seamless = "none"
+    """Along which axes pictures are decoded without borders."""
 
     def path(self, name: str) -> Path:
         """Where the picture of that name lies."""

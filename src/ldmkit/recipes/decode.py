@@ -19,6 +19,7 @@ from ldmkit.decode_configs import DecodeConfig
 from ldmkit.durable import atomic_file, sweep_temporaries
 from ldmkit.errors import DataError, UsageError
 from ldmkit.modelfile import versions
+from ldmkit.networks.seamless import AXES, wrap_convolutions
 from ldmkit.output.animation import MAX_PICTURES as MAX_MOVING
 from ldmkit.output.animation import Frame
 from ldmkit.output.contact_sheet import MAX_PICTURES, Thumbnail, contact_sheet
@@ -39,6 +40,7 @@ from ldmkit.sample_blocks import (
     picture_name,
     read_sample_stream,
     read_samples,
+    seamless_of,
     share_of,
     words_of,
 )
@@ -67,7 +69,8 @@ def decode(
 
     Raises:
         DataError: the samples are not of this autoencoder, are damaged, or the stream ended early.
-        UsageError: the format cannot hold the autoencoder's channels, or there is no stream.
+        UsageError: the format cannot hold the autoencoder's channels, options do not go together, or there
+            is no stream.
     """
     if config.tar == STREAM and output is None:
         raise UsageError("tar is `-`, and no stream was given to write to")
@@ -99,6 +102,8 @@ def decode(
         if config.animate != "none" and first.path is None:
             raise UsageError(f"--animate: draw the samples in {source} with --keep-path")
         mine = share_of(total, config.part)
+        manner = manner._replace(seamless=seamless_of(first.facts, config, source))
+        wrap_convolutions(model.decoder, AXES[manner.seamless])
         listing, add = None, None
         if config.tar is None:
             listing = stack.enter_context(Listing(config.out, config.part))
@@ -197,6 +202,8 @@ def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -
         as_decoded["quality"] = config.quality
     if config.tile and config.tiling == "independent":
         as_decoded["tile"] = config.tile
+    if manner.seamless != "none":
+        as_decoded["seamless"] = manner.seamless
     if block.inpainted is not None:
         as_decoded["feather"] = config.feather
     if config.animate != "none" and block.path is not None:

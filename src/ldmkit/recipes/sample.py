@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ldmkit.assembly import diffusion_facts, load_diffusion
+from ldmkit.canvas import canvas_of, make_seamless
 from ldmkit.configs import STREAM
 from ldmkit.data.latents import text_columns
-from ldmkit.drawing import Manner, draw_latents
+from ldmkit.drawing import Manner, draw_latents, models_of
 from ldmkit.encodings import Encodings
 from ldmkit.errors import InterruptedRun, UsageError
 from ldmkit.facts import DiffusionFacts, SampleFacts
@@ -40,6 +41,7 @@ from ldmkit.training.runtime import groups_of, pick_device
 HOW = (
     *("grid", "eta", "guidance_combination", "guidance_interval", "guidance_rescale"),
     *("guidance_growth", "negative", "weaker", "guide_image", "guide_factor", "guide_scale"),
+    *("size", "tile", "tile_overlap", "seamless"),
 )
 """Options that change samples, beside sampler, steps and weight."""
 BESIDE = {
@@ -109,7 +111,7 @@ def sample(
         ends.
 
     Raises:
-        UsageError: an unknown class, a sampler or guidance that does not fit, or `-` without a stream.
+        UsageError: an unknown class, a sampler, guidance or size that does not fit, or `-` without a stream.
         DataError: a model file cannot be used, or a line of a file of conditions.
         InterruptedRun: a signal asked to stop; what is drawn is kept.
     """
@@ -122,14 +124,18 @@ def sample(
     facts = diffusion_facts(config.model)
     device = pick_device(config.device)
     model = load_diffusion(config.model, device)
-    manner = manner_of(config, model)
+    canvas = canvas_of(config, model, facts)
+    facts = facts.model_copy(update={"latent_shape": canvas.shape})  # of what is drawn here
+    manner = manner_of(config, model)._replace(tiling=canvas.tiling)
+    for one in models_of(model, manner.guide):
+        make_seamless(one, canvas)
     steer_of = guide_of(config, model, facts)
     origins = origins_of(
         config,
         model,
         facts,
         manner,
-        lambda asking: asked_of(asking, model.config, facts.latent_shape, source),
+        lambda asking: asked_of(asking, model.config, canvas.shape, source),
     )
     work = Work(config, model, facts, manner, origins, steer_of, Encodings(), device)
     total, job = len(origins.asked.said), _job(config)

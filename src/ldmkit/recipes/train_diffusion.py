@@ -17,6 +17,7 @@ from ldmkit.assembly import (
     save_diffusion,
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
+from ldmkit.canvas import pixels_of_a_latent
 from ldmkit.conditioning.box_lists import draw_boxes
 from ldmkit.conditioning.kind import Reader
 from ldmkit.conditioning.kinds import KINDS, in_words, readers_of, values_of
@@ -155,6 +156,7 @@ def facts_after(
         fingerprint="",
         autoencoder=manifest.recipe["autoencoder"],
         latent_shape=manifest.latent_shape,
+        factor=pixels_of_a_latent(manifest),
         whitening=manifest.whitening,
         trained=trained,
         versions=versions(),
