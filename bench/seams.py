@@ -4,13 +4,13 @@ python bench/seams.py MODEL --ae AE [--num 64] [--steps 20] [--scale 2] [--pictu
 
 Draws the same seeds in several ways at SCALE times the size the model was trained on, decodes them, and
 prints a table. The figure is a ratio: the mean absolute difference of neighbouring pixels across a border,
-over that across like places. Like places are borders of latent cells too (a decoder draws other edges
-there than inside of a cell), two and three cells to either side of the border, so that it matters little
-where in a picture its objects lie. "Same places, whole" is that ratio where the same seeds are drawn as a whole: what
+over that across like places. Like places lie one whole stride of the U-Net to either side of the border:
+decoder and U-Net draw other edges where their cells begin than inside of them (places at half a stride have a
+fifth more on the demo), and near places have about the same content, so that it matters little where in
+a picture its objects lie. "Same places, whole" is that ratio where the same seeds are drawn as a whole: what
 the content itself gives there. Borders are
 
     windows    where a window begins or ends
-    handover   the middle of what two neighbouring windows share
     wrap       from the last pixel to the first
 
 and numbers behind +- are standard errors over samples (jackknife). Two rows are controls that have to fail:
@@ -20,7 +20,6 @@ pictures pasted together of latents of the training's size, and the wrap of pict
 import argparse
 import tempfile
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ from einops import rearrange
 from torch import Tensor
 
 import ldmkit
-from ldmkit.assembly import autoencoder_facts, diffusion_facts, load_autoencoder
+from ldmkit.assembly import autoencoder_facts, diffusion_facts, load_autoencoder, load_diffusion
 from ldmkit.diffusion.tiles import Tiling, windows_of
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.modelfile import load
@@ -38,8 +37,8 @@ from ldmkit.pixels import grid, save_png, to_pixels
 from ldmkit.terminal import say
 from ldmkit.training.runtime import pick_device
 
-ASIDE = (-3, -2, 2, 3)
-"""Like places, cells from a border."""
+ASIDE = (-1, 1)
+"""Like places, strides of the U-Net from a border."""
 PASTED = "(n rows columns) z y x -> n z (rows y) (columns x)"
 SHOWN = 4
 """Pictures of each way in the sheet."""
@@ -98,16 +97,21 @@ def places_of(tiling: Tiling, cells: int) -> dict[str, list[int]]:
         (int(window.columns.cells[0]), int(window.columns.cells[0]) + len(window.columns.cells))
         for window in windows_of(cells, cells, tiling)
     }
-    ordered = sorted(spans)
-    edges = {edge % cells for span in ordered for edge in span} - {0}
-    middles = [(first[1] + second[0]) // 2 for first, second in pairwise(ordered)]
-    return {"windows": sorted(edges), "handover": [middle % cells for middle in middles]}
+    edges = {edge % cells for span in spans for edge in span} - {0}
+    return {"windows": sorted(edges)}
 
 
-def ratio(profile: Tensor, borders: Sequence[int], factor: int) -> tuple[float, float]:
-    """Across the borders over beside them, and its standard error over samples (jackknife)."""
+def ratio(profile: Tensor, borders: Sequence[int], factor: int, stride: int) -> tuple[float, float]:
+    """Across the borders over beside them, and its standard error over samples (jackknife).
+
+    Args:
+        profile: as `profiles` gives it.
+        borders: in cells.
+        factor: pixels of a cell.
+        stride: of the U-Net, cells.
+    """
     side = profile.shape[2]
-    beside = [(border + step) * factor % side for border in borders for step in ASIDE]
+    beside = [(border + step * stride) * factor % side for border in borders for step in ASIDE]
     at = profile[:, :, [border * factor % side for border in borders]].mean((1, 2))
     like = profile[:, :, beside].mean((1, 2))
     count = len(profile)
@@ -132,6 +136,7 @@ def main() -> None:
     if trained[0] != trained[1]:
         raise SystemExit("this script takes models of square pictures")
     side = trained[0]
+    stride = 2 ** (len(load_diffusion(arguments.model).config.unet.multipliers) - 1)
     cells = side * arguments.scale
     size = str(cells * factor)
     found = {way.name: drawn(way, arguments, size) for way in WAYS}
@@ -153,10 +158,10 @@ def main() -> None:
     say("| drawn | border | ratio | same places, whole |\n|---|---|---|---|")
     for name, borders, control in rows:
         for border, places in borders.items():
-            own = "{:.3f} +- {:.3f}".format(*ratio(measured[name], places, factor))
+            own = "{:.3f} +- {:.3f}".format(*ratio(measured[name], places, factor, stride))
             usual = ""
             if control is not None:
-                usual = "{:.3f} +- {:.3f}".format(*ratio(measured[control], places, factor))
+                usual = "{:.3f} +- {:.3f}".format(*ratio(measured[control], places, factor, stride))
             say(f"| {name} | {border} | {own} | {usual} |")
     if arguments.picture is not None:
         half = cells * factor // 2  # opposite borders of pictures that tile meet in the middle
