@@ -1,5 +1,6 @@
 """`ldmkit decode`: sampled latents in, pictures out."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -30,7 +31,7 @@ from ldmkit.output.formats import (
     pixels_of_file,
     units_of,
 )
-from ldmkit.output.listing import Listing
+from ldmkit.output.listing import Entry, Listing, line_of
 from ldmkit.output.provenance import KEY, Provenance, as_text, provenance_of
 from ldmkit.output.tar import tar_member
 from ldmkit.output.threads import in_order, read_ahead
@@ -63,6 +64,7 @@ class Written(NamedTuple):
     number: int
     name: str
     record: Provenance
+    sha256: str
     data: bytes
     small: Thumbnail | None
 
@@ -138,7 +140,7 @@ def decode(
             if add is not None:
                 add(one)
             elif listing is not None and config.provenance:
-                listing.add(manner.path(one.name).name, one.record)
+                listing.add(manner.path(one.name).name, one.record, one.sha256)
             if one.small is not None:
                 small[one.number] = one.small
             written += 1
@@ -248,7 +250,7 @@ def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -
 def _there(picture: Picture, manner: Manner, listing: Listing) -> bool:
     """Whether the picture's file is there and was made of the same, by whatever versions."""
     path = manner.path(picture.name)
-    if not path.is_file():
+    if not path.is_file() or listing.is_damaged(path.name):
         return False
     try:
         carries = FORMATS[manner.format].carries_text
@@ -295,13 +297,15 @@ def _write(picture: Picture, manner: Manner) -> Written:
             with atomic_file(path) as temporary:
                 temporary.write_bytes(data)
     else:
-        data = path.read_bytes() if picture.shown else b""
+        data = path.read_bytes()
     small = None
     if picture.shown:  # of the file's bytes, so that a resumed job's sheet is the same
         pixels = pixels_of_file(data, manner.format, manner.facts.image_channels, units)
         group = str(picture.told.get("class", words_of(picture.told)))
         small = thumbnail(pixels[0], picture.name, group)
-    return Written(picture.number, picture.name, picture.record, data if config.tar else b"", small)
+    kept = data if config.tar else b""
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Written(picture.number, picture.name, picture.record, sha256, kept, small)
 
 
 def _sheet_path(config: DecodeConfig) -> Path | None:
@@ -329,7 +333,8 @@ def _tar(
         def add(one: Written) -> None:
             file.write(tar_member(manner.path(one.name).name, one.data))
             if manner.config.provenance:
-                file.write(tar_member(f"{one.name}.json", as_text(one.record).encode()))
+                line = line_of(manner.path(one.name).name, Entry(one.record, one.sha256))
+                file.write(tar_member(f"{one.name}.json", line.encode()))
 
         yield add
         file.write(END)
