@@ -1,7 +1,7 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
 Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
-`ema`, `sample`, `decode`, `evaluate`, `inspect`, `report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
+`ema`, `sample`, `decode`, `evaluate`, `inspect`, `report`, `presets`, `import_`, `export`, `check`, `split`, `verify`, `doctor`; each takes its config.
 `load_autoencoder` and `load_diffusion` give modules. All of it is imported on first use, so that
 `import ldmkit` costs nothing.
 """
@@ -13,6 +13,7 @@ from ldmkit.version import __version__
 
 if TYPE_CHECKING:
     from ldmkit.assembly import load_autoencoder, load_diffusion
+    from ldmkit.care_configs import DoctorConfig, VerifyConfig
     from ldmkit.configs import (
         EMAConfig,
         EvalAEConfig,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ldmkit.interchange_configs import ExportConfig, ImportConfig
     from ldmkit.recipes.check import check
     from ldmkit.recipes.decode import decode
+    from ldmkit.recipes.doctor import doctor
     from ldmkit.recipes.ema import ema
     from ldmkit.recipes.encode import encode
     from ldmkit.recipes.eval_ae import eval_ae
@@ -41,11 +43,13 @@ if TYPE_CHECKING:
     from ldmkit.recipes.split import split
     from ldmkit.recipes.train_ae import train_ae
     from ldmkit.recipes.train_diffusion import train_diffusion
+    from ldmkit.recipes.verify import verify
     from ldmkit.report_configs import ReportConfig
 
 __all__ = [
     "CheckConfig",
     "DecodeConfig",
+    "DoctorConfig",
     "EMAConfig",
     "EncodeConfig",
     "EvalAEConfig",
@@ -59,9 +63,11 @@ __all__ = [
     "SplitConfig",
     "TrainAEConfig",
     "TrainDiffusionConfig",
+    "VerifyConfig",
     "__version__",
     "check",
     "decode",
+    "doctor",
     "ema",
     "encode",
     "eval_ae",
@@ -77,6 +83,7 @@ __all__ = [
     "split",
     "train_ae",
     "train_diffusion",
+    "verify",
 ]
 
 
@@ -85,6 +92,7 @@ CONFIG_HOMES = {
     "DecodeConfig": "ldmkit.decode_configs",
     "EvaluateConfig": "ldmkit.evaluation_configs",
     "SampleConfig": "ldmkit.generation_configs",
+    **dict.fromkeys(("DoctorConfig", "VerifyConfig"), "ldmkit.care_configs"),
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),
 }

@@ -135,7 +135,7 @@ def read_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header = _parse(file, str(path))
+            header = parse_header(file, str(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if header is None or header.payload_start + header.payload_bytes != size:
@@ -155,7 +155,7 @@ def read_messages(stream: BufferedIOBase, source: str) -> Iterator[tuple[Header,
     """
     while True:
         reader = _Recorder(stream)
-        header = _parse(reader, source)
+        header = parse_header(reader, source)
         if header is None:
             return
         if header.payload_bytes > MAX_MESSAGE_BYTES:
@@ -250,8 +250,12 @@ class _Recorder:
         return data
 
 
-def _parse(file: "BufferedIOBase | _Recorder", source: str) -> Header | None:
-    """Parse a header at the current position; None at the very end of the file."""
+def parse_header(file: "BufferedIOBase | _Recorder", source: str) -> Header | None:
+    """Read the header at the current position of a file; None at its very end.
+
+    Raises:
+        DataError: something else lies there, or the header is damaged.
+    """
     prefix = file.read(8)
     if not prefix:
         return None

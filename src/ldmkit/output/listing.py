@@ -136,7 +136,7 @@ def entries_of(path: Path) -> Iterator[tuple[str, Entry | None]]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     for number, line in enumerate((*lines, rest), start=1):
         try:
-            found = [_entry(line)] if line else []
+            found = [entry_of(line)] if line else []
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             if path.name.endswith(UNFINISHED):
                 continue  # a line that was cut off
@@ -146,7 +146,12 @@ def entries_of(path: Path) -> Iterator[tuple[str, Entry | None]]:
         yield from found
 
 
-def _entry(line: bytes) -> tuple[str, Entry | None]:
+def entry_of(line: bytes) -> tuple[str, Entry | None]:
+    """The file that a line is about, and its entry.
+
+    Raises:
+        ValueError, LookupError, AttributeError, TypeError, RecursionError: it is damaged, or no such line.
+    """
     if line_state(line) == "damaged":
         raise ValueError("a line that does not match its checksum")
     record = json.loads(line)
