@@ -137,7 +137,7 @@ def entries_of(path: Path) -> Iterator[tuple[str, Entry | None]]:
     for number, line in enumerate((*lines, rest), start=1):
         try:
             found = [entry_of(line)] if line else []
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        except DataError as error:
             if path.name.endswith(UNFINISHED):
                 continue  # a line that was cut off
             raise DataError(
@@ -150,13 +150,16 @@ def entry_of(line: bytes) -> tuple[str, Entry | None]:
     """The file that a line is about, and its entry.
 
     Raises:
-        ValueError, LookupError, AttributeError, TypeError, RecursionError: it is damaged, or no such line.
+        DataError: it is damaged, or no such line.
     """
     if line_state(line) == "damaged":
-        raise ValueError("a line that does not match its checksum")
-    record = json.loads(line)
-    record.pop("crc32", None)
-    file, sha256 = str(record.pop("file")), str(record.pop("sha256", ""))
+        raise DataError("a line that does not match its checksum")
+    try:
+        record = json.loads(line)
+        record.pop("crc32", None)
+        file, sha256 = str(record.pop("file")), str(record.pop("sha256", ""))
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise DataError("no line of a list") from error
     if file != Path(file).name:
-        raise ValueError("a name that leads out of the directory")
+        raise DataError("a name that leads out of the directory")
     return file, Entry(record, sha256) if record else None
