@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import zlib
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ HTML_START = b"<!DOCTYPE html>\n<!-- digest "
 ZEROS = b"0" * 64
 MAX_PAGE_BYTES = 256 << 20
 """Of a page that is read: a manifest of a million shards has some 200 MB."""
+PIECE = 1 << 20
 DIGITS = re.compile(rb"[0-9a-f]{64}")
 LINE = re.compile(rb'(.*), "crc32": "([0-9a-f]{8})"\}', re.DOTALL)
 LINE_REMAINS = re.compile(rb'"crc32": "|[0-9a-f]{8}"\}$')
@@ -121,15 +123,26 @@ def read_limited(path: Path, limit: int) -> bytes:
         DataError: it cannot be read, or is larger.
     """
     try:
-        if not path.is_file() and path.exists():
-            raise DataError(f"cannot read {path}: it is no regular file")
         with path.open("rb") as file:
-            data = file.read(limit + 1) if path.stat().st_size <= limit else None
+            return read_within(file, limit, str(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if data is None or len(data) > limit:
-        raise DataError(f"{path} is too large: at most {limit:,} bytes are read of such a file")
-    return data
+
+
+def read_within(file: BufferedIOBase, limit: int, source: str) -> bytes:
+    """What is left of an open file or pipe; memory is taken as bytes come, not as they are promised.
+
+    Raises:
+        DataError: it is more than the limit.
+    """
+    data = bytearray()
+    while piece := file.read(PIECE):
+        data += piece
+        if len(data) > limit:
+            raise DataError(
+                f"{source} is too large: at most {limit:,} bytes are read of such a file"
+            )
+    return bytes(data)
 
 
 def sealed_line(text: str) -> str:

@@ -54,9 +54,10 @@ def packages() -> Iterator[Line]:
         "" if minor >= (3, 11) else "install Python 3.11 or newer",
     )
     tested = constraints()
-    for text in sorted(metadata.requires("ldmkit") or []):
-        need = Requirement(text)
-        extra = need.marker is not None and not need.marker.evaluate({"extra": ""})
+    needs = [Requirement(text) for text in sorted(metadata.requires("ldmkit") or [])]
+    # the same package may stand in several extras; what everybody needs comes first
+    for need in {need.name: need for need in sorted(needs, key=_is_extra, reverse=True)}.values():
+        extra = _is_extra(need)
         found = _version(need.name)
         if found is None and extra:
             continue
@@ -203,6 +204,10 @@ def weights() -> Iterator[Line]:
 
 def _there(there: bool) -> str:
     return "there" if there else "not there"
+
+
+def _is_extra(need: Requirement) -> bool:
+    return need.marker is not None and not need.marker.evaluate({"extra": ""})
 
 
 def _version(name: str) -> str | None:

@@ -7,7 +7,9 @@ from ldmkit.data.formats.folder import files_below
 from ldmkit.data.formats.sidecars import EMPTY_CAPTION, IMAGE_SUFFIXES, suffix_of
 from ldmkit.data.items import Item, Problem, Source, Span
 from ldmkit.errors import DataError
+from ldmkit.seals import read_limited
 
+MAX_LIST_BYTES = 1 << 30
 COMPANION_SUFFIXES = ("png", "npy")
 
 
@@ -20,9 +22,7 @@ def only_keys(source: Source, file: Path) -> Source:
         DataError: the file cannot be read, is no UTF-8, or holds no key.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
+        lines = read_limited(file, MAX_LIST_BYTES).decode("utf-8-sig").replace("\r", "").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8; save it as UTF-8") from error
     wanted = {key: number for number, key in reversed([*enumerate(lines, start=1)]) if key.strip()}

@@ -160,6 +160,6 @@ def entry_of(line: bytes) -> tuple[str, Entry | None]:
         file, sha256 = str(record.pop("file")), str(record.pop("sha256", ""))
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise DataError("no line of a list") from error
-    if file != Path(file).name:
+    if file in ("", "..") or "\0" in file or file != Path(file).name:
         raise DataError("a name that leads out of the directory")
     return file, Entry(record, sha256) if record else None
