@@ -6,6 +6,7 @@ decoding. Needs no torch.
 
 import struct
 import zlib
+from io import BufferedIOBase
 from pathlib import Path
 
 from ldmkit.errors import DataError
@@ -24,19 +25,24 @@ def require_whole_png(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(SIGNATURE)) != SIGNATURE:
             raise DataError(f"{path} is damaged: it does not begin as a PNG file does")
-        kind = b""
-        while kind != b"IEND":
-            length, kind = struct.unpack(">I4s", _exactly(file.read(8), 8, path))
-            crc, left = zlib.crc32(kind), length
-            while left:
-                piece = file.read(min(left, PIECE))
-                if not piece:
-                    raise DataError(f"{path} is damaged or cut off in its part {kind!r}")
-                crc, left = zlib.crc32(piece, crc), left - len(piece)
-            if crc != int.from_bytes(_exactly(file.read(4), 4, path)):
-                raise DataError(f"{path} is damaged: its part {kind!r} does not match its checksum")
-        if length or file.read(1):
+        while _checked_chunk(file, path) != b"IEND":
+            pass
+        if file.read(1):
             raise DataError(f"{path} is damaged: it has bytes after its end")
+
+
+def _checked_chunk(file: BufferedIOBase, path: Path) -> bytes:
+    """Read one chunk; returns its kind."""
+    left, kind = struct.unpack(">I4s", _exactly(file.read(8), 8, path))
+    crc = zlib.crc32(kind)
+    while left:
+        piece = file.read(min(left, PIECE))
+        if not piece:
+            raise DataError(f"{path} is damaged or cut off in its part {kind!r}")
+        crc, left = zlib.crc32(piece, crc), left - len(piece)
+    if crc != int.from_bytes(_exactly(file.read(4), 4, path)):
+        raise DataError(f"{path} is damaged: its part {kind!r} does not match its checksum")
+    return kind
 
 
 def _exactly(data: bytes, count: int, path: Path) -> bytes:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["ldmkit", "json", "tomllib", "csv"]):
+with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
+    include=["ldmkit", "json", "tomllib", "csv"]
+):
     from fuzz_targets import TARGETS
 
 import contextlib

@@ -177,7 +177,7 @@ def manifest_bytes() -> list[bytes]:
 
 
 def configs() -> list[bytes]:
-    ae = TrainAEConfig(data=Path("photos"), out=Path("run"))
+    ae = TrainAEConfig(data="photos", out=Path("run"))
     ldm = TrainDiffusionConfig(latents=Path("latents"), out=Path("run"))
     return [to_toml(ae).encode(), to_toml(ldm).encode()]
 
