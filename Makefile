@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-weights check lint types layers docs format setup setup-dev clean
+.PHONY: help demo test test-slow test-weights faults audit check lint types layers docs format setup setup-dev clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ test-slow: setup-dev ## Run the tests that take minutes
 	$(BIN)/pytest -m slow
 
 check: setup-dev lint types layers test ## All that CI runs: lint, types, import contracts, tests, docs
+
+faults: setup-dev ## Flip 1,000 bits of everything written, feed 10,000 broken inputs to every reader
+	$(BIN)/pytest -m faults tests
+
+audit: setup-dev ## Compare constraints.txt with the known vulnerabilities (asks pypi.org)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 test-weights: setup-dev ## Run the tests on published weights: LDMKIT_TEST_WEIGHTS=directory make test-weights
 	$(BIN)/pytest -m weights

@@ -18,6 +18,7 @@ import ldmkit
 from ldmkit.assembly import autoencoder_facts, build_autoencoder, load_autoencoder, save_autoencoder
 from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
 from ldmkit.conditioning.mask import blended
+from ldmkit.container import file_digest
 from ldmkit.data.latents import text_columns
 from ldmkit.data.pictures import decode_picture
 from ldmkit.data.tar_members import tar_members
@@ -222,7 +223,10 @@ def test_provenance_is_in_the_picture_and_in_the_list(name, ae, decode, run):
     assert record["decoded"]["format"] == name
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 7
-    assert lines[3] == record | {"file": picture.name}
+    own = {key: lines[3].pop(key) for key in ("file", "sha256", "crc32")}
+    assert lines[3] == record
+    assert own["file"] == picture.name
+    assert own["sha256"] == file_digest(picture)
     done = run("inspect", picture, "--json")
     assert json.loads(done.stdout)["provenance"] == record
 
@@ -345,7 +349,7 @@ def test_the_list_follows_what_lies_in_the_directory(decode, ae, tmp_path):
     decode("out", samples=more)
     assert len(files()) == 8
     (out / "samples.jsonl").write_text('{"file": "../x.png"}\n')
-    with pytest.raises(DataError, match="line 1 is not one that ldmkit wrote"):
+    with pytest.raises(DataError, match="line 1 is damaged, or not one that ldmkit wrote"):
         decode("out")
 
 
@@ -356,10 +360,10 @@ def test_a_cut_off_journal_costs_one_line(tmp_path):
     with Listing(tmp_path) as listing:
         assert listing.record("a") == {"seed": 1}
         assert listing.record("b") is None
-        listing.add("b", {"seed": 2})
-    assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [
-        *({"file": "a", "seed": 1}, {"file": "b", "seed": 2}),
-    ]
+        listing.add("b", {"seed": 2}, "1" * 64)
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [1, 2]
+    assert json.loads(lines[1])["sha256"] == "1" * 64
     assert not (tmp_path / "samples.jsonl.part").exists()
     with pytest.raises(RuntimeError), Listing(tmp_path) as listing:
         listing.forget("a")

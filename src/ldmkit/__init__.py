@@ -12,6 +12,7 @@ from ldmkit.version import __version__
 
 if TYPE_CHECKING:
     from ldmkit.assembly import load_autoencoder, load_diffusion
+    from ldmkit.care_configs import DoctorConfig, VerifyConfig
     from ldmkit.configs import (
         EMAConfig,
         EvalAEConfig,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ldmkit.recipes.anomaly import anomaly
     from ldmkit.recipes.check import check
     from ldmkit.recipes.decode import decode
+    from ldmkit.recipes.doctor import doctor
     from ldmkit.recipes.ema import ema
     from ldmkit.recipes.encode import encode
     from ldmkit.recipes.eval_ae import eval_ae
@@ -52,12 +54,14 @@ if TYPE_CHECKING:
     from ldmkit.recipes.spread import spread
     from ldmkit.recipes.train_ae import train_ae
     from ldmkit.recipes.train_diffusion import train_diffusion
+    from ldmkit.recipes.verify import verify
     from ldmkit.report_configs import ReportConfig
 
 __all__ = [
     "AnomalyConfig",
     "CheckConfig",
     "DecodeConfig",
+    "DoctorConfig",
     "EMAConfig",
     "EncodeConfig",
     "EvalAEConfig",
@@ -75,10 +79,12 @@ __all__ = [
     "SpreadConfig",
     "TrainAEConfig",
     "TrainDiffusionConfig",
+    "VerifyConfig",
     "__version__",
     "anomaly",
     "check",
     "decode",
+    "doctor",
     "ema",
     "encode",
     "eval_ae",
@@ -98,6 +104,7 @@ __all__ = [
     "spread",
     "train_ae",
     "train_diffusion",
+    "verify",
 ]
 
 
@@ -107,6 +114,7 @@ CONFIG_HOMES = {
     "EvaluateConfig": "ldmkit.evaluation_configs",
     "InvertConfig": "ldmkit.inversion_configs",
     "SampleConfig": "ldmkit.generation_configs",
+    **dict.fromkeys(("DoctorConfig", "VerifyConfig"), "ldmkit.care_configs"),
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),
     **dict.fromkeys(

@@ -21,6 +21,7 @@ import typer
 
 import ldmkit
 from ldmkit import (
+    care_configs,
     configs,
     data_configs,
     decode_configs,
@@ -61,6 +62,8 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "likelihood": measures_configs.LikelihoodConfig,
     "rate-distortion": measures_configs.RateDistortionConfig,
     "inspect": configs.InspectConfig,
+    "verify": care_configs.VerifyConfig,
+    "doctor": care_configs.DoctorConfig,
     "report": report_configs.ReportConfig,
     "presets": configs.PresetsConfig,
     "import": interchange_configs.ImportConfig,
@@ -87,6 +90,8 @@ EXTRA_SWITCHES: dict[str, dict[str, Any]] = {
     "train-diffusion": DRY_RUN,
     "ema": JSON,
     "inspect": JSON,
+    "verify": JSON,
+    "doctor": JSON,
     "presets": JSON,
     "eval-ae": JSON,
     "evaluate": JSON,
@@ -170,8 +175,8 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
             return _printed(name, work(config, stream), as_json)
     if name in ("presets", "split", "ema", "anomaly", "likelihood", "rate-distortion"):
         return _printed(name, work(config), as_json)
-    if name == "check":
-        return _checked(work(config), output, as_json)
+    if name in ("check", "verify", "doctor"):
+        return _checked(name, work(config), output, as_json)
     if name == "decode":
         with _stdin_for(config.samples) as stream:
             path = work(config, stream, _stdout_for(config.tar, output, name, "--tar FILE"))
@@ -200,15 +205,13 @@ def _printed(name: str, report: dict[str, Any], as_json: bool) -> str:
     return (json.dumps(report, ensure_ascii=False) if as_json else as_text(report)) + "\n"
 
 
-def _checked(report: dict[str, Any], output: BufferedIOBase, as_json: bool) -> str:
-    """Print the report; errors in the data end the command as any bad data does, but after it."""
-    from ldmkit.recipes.check import complaint
-
-    output.write(_printed("check", report, as_json).encode())
+def _checked(name: str, report: dict[str, Any], output: BufferedIOBase, as_json: bool) -> str:
+    """Print the report; what is wrong ends the command as any such trouble does, but after it."""
+    output.write(_printed(name, report, as_json).encode())
     output.flush()
-    sentence = complaint(report)
+    sentence = import_module(f"ldmkit.recipes.{name}").complaint(report)
     if sentence is not None:
-        raise DataError(sentence)
+        raise UsageError(sentence) if name == "doctor" else DataError(sentence)
     return ""
 
 

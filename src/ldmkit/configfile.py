@@ -7,8 +7,11 @@ from typing import Any
 
 import tomli_w
 
-from ldmkit.errors import UsageError
+from ldmkit.errors import DataError, UsageError
 from ldmkit.fields import Config
+from ldmkit.seals import TOML_START, State, read_limited, sealed_toml, state_of
+
+MAX_CONFIG_BYTES = 1 << 20
 
 
 def to_toml(config: Config) -> str:
@@ -17,17 +20,47 @@ def to_toml(config: Config) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file to nested dictionaries; not validated here.
+    """Read a TOML file to nested dictionaries; neither validated here nor compared with a digest.
 
     Raises:
-        UsageError: it cannot be read or is no TOML.
+        UsageError: it cannot be read, is too large, or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_limited(path, MAX_CONFIG_BYTES).decode())
+    except DataError as error:
+        raise UsageError(f"the config: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
+
+
+def config_page(config: Config) -> str:
+    """What a run directory keeps: `to_toml` below a comment with its digest."""
+    return sealed_toml(to_toml(config))
+
+
+def config_state(path: Path) -> State:
+    """Whether a config that ldmkit wrote is as it was written.
+
+    Raises:
+        DataError: it was changed or damaged since, or cannot be read.
+    """
+    try:
+        return state_of(read_limited(path, MAX_CONFIG_BYTES), TOML_START, str(path))
+    except DataError as error:
+        raise DataError(
+            f"{error} (to keep a change made on purpose, remove its first line)"
+        ) from error
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The config that a run directory keeps.
+
+    Raises:
+        DataError: it was changed or damaged since it was written.
+        UsageError: it cannot be read or is no TOML.
+    """
+    config_state(path)
+    return read_toml(path)
 
 
 def first_difference(

@@ -5,27 +5,30 @@ Every file and every message that ldmkit writes is one safetensors block
     [8 bytes: header length, little endian][header: JSON][payload: the tensors' bytes]
 
 whose metadata holds one key, `ldmkit`, with one JSON value:
-`{"format": "ldmkit.KIND/VERSION", "config": {...}, "facts": {...}}`. The block delimits itself, so a
-pipe carries several of them one after the other with bounded memory.
+`{"digest": ..., "format": "ldmkit.KIND/VERSION", "config": {...}, "facts": {...}, "crc32": [...]}`. The
+block delimits itself, so a pipe carries several of them one after the other with bounded memory.
 
 `facts.fingerprint` is the sha256 over names, dtypes, shapes and bytes of the tensors: it survives a
-rewritten header, names a model in every file derived from it, and finds a flipped bit.
+rewritten header, names a model in every file derived from it, and finds a flipped bit of the payload.
+`digest` finds one of the header (see `seals`), and `crc32`, a checksum for each tensor in the order of
+their names, tells which tensor was hit. Files of earlier versions have neither.
 
 This module needs no torch, so `ldmkit inspect` starts at once.
 """
 
 import hashlib
 import json
-import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ldmkit.errors import DataError
+from ldmkit.seals import ZEROS, sealed, state_of
 
 METADATA_KEY = "ldmkit"
 FORMAT_VERSIONS = {
@@ -44,6 +47,13 @@ FORMAT_VERSIONS = {
 MAX_HEADER_BYTES = 10_000_000
 MAX_TENSORS = 100_000
 MAX_MESSAGE_BYTES = 4 << 30
+MAX_AXES = 16
+MAX_LENGTH = 1 << 62
+"""Of an axis, and of a tensor in bytes: larger numbers are no sizes."""
+CHUNK = 16 << 20
+"""Bytes that are asked of a pipe at once: a header that promises more takes no memory."""
+HEADER_START = b'{"__metadata__":{"ldmkit":"{\\"digest\\": \\"'
+UNSEALED, SEALED = {"config", "facts", "format"}, {"config", "crc32", "digest", "facts", "format"}
 DTYPE_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -83,6 +93,10 @@ class Header(NamedTuple):
     payload_start: int
     """Offset of the payload from the start of the block, in bytes."""
     payload_bytes: int
+    crc32: tuple[str, ...] = ()
+    """Of each tensor's bytes, in the order of their names (8 hex digits); () in an older file."""
+    sealed: bool = False
+    """Whether a digest covers this header; False in an older file."""
 
     @property
     def fingerprint(self) -> str:
@@ -90,20 +104,28 @@ class Header(NamedTuple):
         return str(self.facts.get("fingerprint", ""))
 
 
-class Column(NamedTuple):
-    """A tensor that is not in memory as a whole."""
+def metadata(
+    kind: str, config: dict[str, Any], facts: dict[str, Any], crc32: Sequence[str] = ()
+) -> dict[str, str]:
+    """The safetensors metadata of a block of this kind, with room for `sealed_header`'s digest."""
+    value = {
+        "format": f"ldmkit.{kind}/{FORMAT_VERSIONS[kind]}",
+        "config": config,
+        "facts": facts,
+        "crc32": list(crc32),
+    }
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return {METADATA_KEY: f'{{"digest": "{ZEROS.decode()}", {text.removeprefix("{")}'}
 
-    dtype: str
-    """A key of `DTYPE_BYTES`."""
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[bytes]]
-    """Its bytes, piece by piece, from the start at each call."""
 
+def sealed_header(start: bytes) -> bytes:
+    """The header of a block, its length before it, with the digest in its place.
 
-def metadata(kind: str, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
-    """The safetensors metadata of a block of this kind."""
-    value = {"format": f"ldmkit.{kind}/{FORMAT_VERSIONS[kind]}", "config": config, "facts": facts}
-    return {METADATA_KEY: json.dumps(value, ensure_ascii=False, sort_keys=True)}
+    Args:
+        start: the block as safetensors writes it, at least to the end of its header.
+    """
+    length = struct.unpack("<Q", start[:8])[0]
+    return start[:8] + sealed(start[8 : 8 + length], HEADER_START, start[:8])
 
 
 def read_header(path: Path) -> Header:
@@ -115,7 +137,7 @@ def read_header(path: Path) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header = _parse(file, str(path))
+            header = parse_header(file, str(path))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if header is None or header.payload_start + header.payload_bytes != size:
@@ -135,15 +157,18 @@ def read_messages(stream: BufferedIOBase, source: str) -> Iterator[tuple[Header,
     """
     while True:
         reader = _Recorder(stream)
-        header = _parse(reader, source)
+        header = parse_header(reader, source)
         if header is None:
             return
         if header.payload_bytes > MAX_MESSAGE_BYTES:
             raise DataError(f"{source}: a message of {header.payload_bytes} bytes is too large")
-        payload = stream.read(header.payload_bytes)
-        if len(payload) != header.payload_bytes:
-            raise DataError(f"{source} ends in the middle of a message: its writer was stopped")
-        yield header, bytes(reader.seen) + payload
+        block = reader.seen
+        while missing := header.payload_start + header.payload_bytes - len(block):
+            piece = stream.read(min(missing, CHUNK))
+            if not piece:
+                raise DataError(f"{source} ends in the middle of a message: its writer was stopped")
+            block += piece
+        yield header, bytes(block)
 
 
 def read_headers(path: Path) -> Iterator[Header]:
@@ -155,46 +180,12 @@ def read_headers(path: Path) -> Iterator[Header]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            while (header := _parse(file, str(path))) is not None:
+            while (header := parse_header(file, str(path))) is not None:
                 stop = file.seek(header.payload_bytes, os.SEEK_CUR)
                 _require(stop <= size, f"{path} ends in the middle of a message; make it again")
                 yield header
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def write_block(
-    file: BinaryIO,
-    columns: Mapping[str, Column],
-    *,
-    kind: str,
-    config: dict[str, Any],
-    facts: dict[str, Any],
-) -> None:
-    """Write one block whose tensors come piece by piece, so that no more than a piece is in memory.
-
-    Every piece is asked for twice: for the fingerprint, which stands before them, and to be written.
-    """
-    digest = FingerprintBuilder()
-    for name in sorted(columns):
-        digest.begin(name, columns[name].dtype, columns[name].shape)
-        for chunk in columns[name].chunks():
-            digest.go_on(memoryview(chunk))
-    facts = {**facts, "fingerprint": digest.hexdigest()}
-    table: dict[str, Any] = {"__metadata__": metadata(kind, config, facts)}
-    order = sorted(columns, key=lambda name: (-DTYPE_BYTES[columns[name].dtype], name))
-    start = 0  # wide numbers come first, as in files of safetensors, so that all lie aligned
-    for name in order:
-        dtype, shape, _ = columns[name]
-        stop = start + math.prod(shape) * DTYPE_BYTES[dtype]
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for name in order:
-        for chunk in columns[name].chunks():
-            file.write(chunk)
 
 
 def verify(header: Header, payload: memoryview, source: str) -> None:
@@ -208,9 +199,27 @@ def verify(header: Header, payload: memoryview, source: str) -> None:
         entry = header.tensors[name]
         digest.add(name, entry.dtype, entry.shape, payload[entry.start : entry.stop])
     if digest.hexdigest() != header.fingerprint:
+        damaged = ", ".join(damaged_tensors(header, payload)[:5])
+        which = f"tensor {damaged} does" if damaged else "its tensors do"
         raise DataError(
-            f"{source} is damaged: its tensors do not match their fingerprint; make or copy it again"
+            f"{source} is damaged: {which} not match the fingerprint; make or copy it again"
         )
+
+
+def damaged_tensors(header: Header, payload: memoryview) -> list[str]:
+    """The names of tensors whose bytes do not have the checksum that the header states."""
+    stated = dict(zip(sorted(header.tensors), header.crc32, strict=False))
+    return [
+        name
+        for name, checksum in stated.items()
+        if checksum != crc32(payload[header.tensors[name].start : header.tensors[name].stop])
+    ]
+
+
+def crc32(data: memoryview) -> str:
+    """The CRC-32 of bytes (8 hex digits)."""
+    with data:
+        return f"{zlib.crc32(data):08x}"
 
 
 def verify_file(header: Header, path: Path) -> None:
@@ -273,8 +282,12 @@ def _require(holds: bool, sentence: str) -> None:
         raise DataError(sentence)
 
 
-def _parse(file: "BufferedIOBase | _Recorder", source: str) -> Header | None:
-    """Parse a header at the current position; None at the very end of the file."""
+def parse_header(file: "BufferedIOBase | _Recorder", source: str) -> Header | None:
+    """Read the header at the current position of a file; None at its very end.
+
+    Raises:
+        DataError: something else lies there, or the header is damaged.
+    """
     prefix = file.read(8)
     if not prefix:
         return None
@@ -284,18 +297,41 @@ def _parse(file: "BufferedIOBase | _Recorder", source: str) -> Header | None:
     text = file.read(length)
     if len(text) != length:
         raise DataError(f"{source} is cut off; make or copy it again")
+    is_sealed = state_of(text, HEADER_START, f"the header of {source}", prefix) == "whole"
     try:
         table = json.loads(text)
         value = json.loads(table.pop("__metadata__")[METADATA_KEY])
+        if len(table) > MAX_TENSORS:
+            raise DataError(
+                f"{source} declares {len(table)} tensors; at most {MAX_TENSORS} are read"
+            )
         kind = _kind_of(value["format"], source)
-        tensors = {str(name): _entry(entry) for name, entry in table.items()}
+        tensors = {name: _entry(entry) for name, entry in table.items()}
         config, facts = dict(value["config"]), dict(value["facts"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        checksums = tuple(str(checksum) for checksum in value.get("crc32", ()))
+        if value.keys() != (SEALED if is_sealed else UNSEALED):
+            raise ValueError("it has other parts than a header has")
+        payload_bytes = _payload_bytes(tensors)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise DataError(f"{source} is not a file of ldmkit (header not understood)") from error
-    if len(tensors) > MAX_TENSORS:
-        raise DataError(f"{source} declares {len(tensors)} tensors; at most {MAX_TENSORS} are read")
-    payload_bytes = max((entry.stop for entry in tensors.values()), default=0)
-    return Header(kind, config, facts, tensors, 8 + length, payload_bytes)
+    return Header(kind, config, facts, tensors, 8 + length, payload_bytes, checksums, is_sealed)
+
+
+def _payload_bytes(tensors: dict[str, TensorEntry]) -> int:
+    """Bytes of all tensors, which lie one after the other without holes."""
+    stop = 0
+    for entry in sorted(tensors.values(), key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != stop:
+            raise ValueError("tensors overlap or leave a hole")
+        stop = entry.stop
+    return stop
 
 
 def _kind_of(format_name: str, source: str) -> str:
@@ -314,6 +350,8 @@ def _kind_of(format_name: str, source: str) -> str:
 def _entry(value: dict[str, Any]) -> TensorEntry:
     start, stop = (int(offset) for offset in value["data_offsets"])
     shape = tuple(int(length) for length in value["shape"])
+    if len(shape) > MAX_AXES or max((start, stop, *shape)) > MAX_LENGTH:
+        raise ValueError("sizes that no tensor has")
     count = 1
     for length in shape:
         count *= length

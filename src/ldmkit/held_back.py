@@ -12,7 +12,7 @@ from torch import Tensor
 from ldmkit.assembly import diffusion_config
 from ldmkit.conditioning.kind import Reader
 from ldmkit.conditioning.kinds import readers_of, values_of
-from ldmkit.configfile import read_toml
+from ldmkit.configfile import read_run_config
 from ldmkit.configs import STREAM, TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.order import generator_for, seed_for
@@ -83,7 +83,7 @@ def validation_of(run: Path) -> Callable[[LatentDiffusion], float] | None:
         DataError: the run's config or its latents cannot be read.
     """
     file = run / CONFIG_FILE
-    config = validated(TrainDiffusionConfig, read_toml(file), str(file))
+    config = validated(TrainDiffusionConfig, read_run_config(file), str(file))
     directory = run / "latents" if config.latents == STREAM else config.latents
     if not config.holdout and config.validation_latents is None:
         return None

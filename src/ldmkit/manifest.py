@@ -5,12 +5,12 @@ Needs no torch, so that `ldmkit inspect` and whoever else only looks can use it 
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ldmkit.container import FORMAT_VERSIONS, file_digest
 from ldmkit.durable import write_text
 from ldmkit.errors import DataError
 from ldmkit.facts import Manifest, ShardEntry, validated
+from ldmkit.seals import read_page, sealed_page
 
 MANIFEST = "manifest.json"
 
@@ -20,14 +20,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     text = json.dumps(
         manifest.model_dump(mode="json"), indent=1, ensure_ascii=False, sort_keys=True
     )
-    write_text(directory / MANIFEST, text + "\n")
+    write_text(directory / MANIFEST, sealed_page(text + "\n"))
 
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a committed latent set.
 
     Raises:
-        DataError: there is none, or it is not understood.
+        DataError: there is none, it is damaged, or it is not understood.
     """
     path = directory / MANIFEST
     if not path.exists():
@@ -37,10 +37,7 @@ def read_manifest(directory: Path) -> Manifest:
             else "no such directory"
         )
         raise DataError(f"{directory} is no latent set ({hint})")
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    value, _ = read_page(path)
     manifest = validated(Manifest, value, str(path))
     if manifest.format != f"ldmkit.latents/{FORMAT_VERSIONS['latents']}":
         raise DataError(f"{path} has the unknown format {manifest.format!r}")

@@ -18,9 +18,11 @@ from torch import Tensor
 from ldmkit.container import (
     FingerprintBuilder,
     Header,
+    crc32,
     metadata,
     read_header,
     read_messages,
+    sealed_header,
     verify,
     verify_file,
 )
@@ -45,8 +47,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = FingerprintBuilder()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        digest.add(name, DTYPE_CODES[tensor.dtype], tuple(tensor.shape), data)
+        digest.add(name, DTYPE_CODES[tensor.dtype], tuple(tensor.shape), _bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -70,9 +71,14 @@ def save(
     Raises:
         StorageError: the file cannot be written.
     """
-    ready, facts = _ready(tensors, facts)
+    ready, facts, checksums = _ready(tensors, facts)
     with atomic_file(path) as temporary:
-        safetensors.torch.save_file(ready, temporary, metadata(kind, config, facts))
+        safetensors.torch.save_file(ready, temporary, metadata(kind, config, facts, checksums))
+        with temporary.open("r+b") as file:
+            length = file.read(8)
+            header = sealed_header(length + file.read(int.from_bytes(length, "little")))
+            file.seek(0)
+            file.write(header)
     return facts["fingerprint"]
 
 
@@ -97,8 +103,11 @@ def write_message(
     facts: dict[str, Any],
 ) -> None:
     """Write one block to a pipe and flush it."""
-    ready, facts = _ready(tensors, facts)
-    stream.write(safetensors.torch.save(ready, metadata(kind, config, facts)))
+    ready, facts, checksums = _ready(tensors, facts)
+    block = safetensors.torch.save(ready, metadata(kind, config, facts, checksums))
+    header = sealed_header(block)
+    stream.write(header)
+    stream.write(memoryview(block)[len(header) :])
     stream.flush()
 
 
@@ -148,6 +157,12 @@ def versions() -> dict[str, str]:
 
 def _ready(
     tensors: Mapping[str, Tensor], facts: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """The tensors as they are stored, the facts with their fingerprint, and a checksum of each."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return ready, {**facts, "fingerprint": fingerprint(ready)}
+    checksums = [crc32(_bytes_of(ready[name])) for name in sorted(ready)]
+    return ready, {**facts, "fingerprint": fingerprint(ready)}, checksums
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

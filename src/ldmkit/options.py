@@ -16,10 +16,11 @@ import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from ldmkit.configfile import read_toml
-from ldmkit.errors import UsageError
+from ldmkit.configfile import config_state, read_toml
+from ldmkit.errors import DataError, UsageError
 from ldmkit.fields import Config
 from ldmkit.named_settings import PRESETS
+from ldmkit.terminal import say
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 NESTING = "__"  # between the parts of a nested parameter's Python name
@@ -99,11 +100,19 @@ def resolve(
         settings = _merged(settings, presets[preset].settings)
     if file is not None:
         settings = _merged(settings, read_toml(file))
+        _say_if_edited(file)
     settings = _merged(settings, typed)
     try:
         return config_class.model_validate(_split_lists(config_class, settings))
     except ValidationError as error:
         raise UsageError(_sentence(error, config_class)) from error
+
+
+def _say_if_edited(file: Path) -> None:
+    try:
+        config_state(file)
+    except DataError:
+        say(f"note: {file} was changed since ldmkit wrote it; it is taken as it is now")
 
 
 def leaves(config_class: type[Config], path: tuple[str, ...] = ()) -> Iterator[Leaf]:

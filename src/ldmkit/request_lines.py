@@ -14,7 +14,10 @@ from ldmkit.data.items import Problem
 from ldmkit.diffusion_configs import DiffusionConfig
 from ldmkit.errors import DataError, UsageError
 from ldmkit.generation_configs import SampleConfig
+from ldmkit.seals import read_limited, read_within
 
+MAX_BYTES = 1 << 30
+"""Of a file of prompts or conditions."""
 USUAL = 16
 """Samples, where nothing says how many."""
 ALIASES = {"label": "class", "prompt": "text", "caption": "text", "boxes": "layout"}
@@ -134,7 +137,10 @@ def _told(row: Row) -> dict[str, Any]:
 
 def _text_of(path: Path, source: BufferedIOBase | None) -> str:
     try:
-        data = _stream(source).read() if path == STREAM else path.read_bytes()
+        if path == STREAM:
+            data = read_within(_stream(source), MAX_BYTES, _named(path))
+        else:
+            data = read_limited(path, MAX_BYTES)
         return data.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error

@@ -16,7 +16,8 @@ import safetensors
 import torch
 from filelock import FileLock
 
-from ldmkit.container import Column, read_header, verify_file, write_block
+from ldmkit.block_writing import Column, write_block
+from ldmkit.container import read_header, verify_file
 from ldmkit.data.latents import text_columns, unragged
 from ldmkit.durable import atomic_file, remove, sweep_temporaries
 from ldmkit.errors import DataError

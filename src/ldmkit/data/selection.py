@@ -9,7 +9,9 @@ from ldmkit.data.formats.sidecars import EMPTY_CAPTION, IMAGE_SUFFIXES, suffix_o
 from ldmkit.data.items import Item, Problem, Source, Span
 from ldmkit.data.labelmaps import ColourMap
 from ldmkit.errors import DataError
+from ldmkit.seals import read_limited
 
+MAX_LIST_BYTES = 1 << 30
 COMPANION_SUFFIXES = ("png", "npy")
 
 
@@ -22,9 +24,7 @@ def only_keys(source: Source, file: Path) -> Source:
         DataError: the file cannot be read, is no UTF-8, or holds no key.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
+        lines = read_limited(file, MAX_LIST_BYTES).decode("utf-8-sig").replace("\r", "").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8; save it as UTF-8") from error
     wanted = {key: number for number, key in reversed([*enumerate(lines, start=1)]) if key.strip()}

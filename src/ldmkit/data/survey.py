@@ -6,7 +6,7 @@ The answer is kept in the run directory, so that a run that goes on does not ask
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +20,7 @@ from ldmkit.data.preprocessing import preprocess
 from ldmkit.data.tally import Tally, lines_of, tally_of
 from ldmkit.durable import write_text
 from ldmkit.errors import DataError, LdmkitError
+from ldmkit.seals import read_page, sealed_page
 from ldmkit.terminal import say, track
 
 SURVEY = "pictures.json"
@@ -100,7 +101,8 @@ def usable_items(
     if found is None:
         found = survey(items, config, workers)
         facts = {"made_for": _identity(items, config), **found._asdict()}
-        write_text(run / SURVEY, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        write_text(run / SURVEY, sealed_page(text))
     if len(found.left_out) > int(max_bad * len(items)):
         reason = next(iter(found.left_out.values()))
         raise DataError(
@@ -117,14 +119,14 @@ def usable_items(
 def _kept(file: Path, items: Sequence[Item], config: PreprocessingConfig) -> Survey | None:
     """An earlier answer to the same question."""
     try:
-        facts: Any = json.loads(file.read_text(encoding="utf-8"))
+        facts, _ = read_page(file)
         if facts["made_for"] != _identity(items, config):
             return None
         converted = {
             name: (count, tuple(keys)) for name, (count, keys) in facts["converted"].items()
         }
         return Survey(dict(facts["left_out"]), converted)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DataError, AttributeError, ValueError, KeyError, TypeError):
         return None  # it is only kept to save time
 
 

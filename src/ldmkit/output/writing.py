@@ -1,5 +1,6 @@
 """One picture on its way to a file: bytes, thumbnail, animation; in any thread."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,10 @@ class Written(NamedTuple):
     number: int
     name: str
     record: Provenance
+    sha256: str
+    """Of the file (hex)."""
     data: bytes
+    """To go into a tar; empty where there is none."""
     moving: bytes
     """Its animation, where there is one to go into a tar."""
     small: Thumbnail | None
@@ -84,14 +88,15 @@ def write_picture(picture: Picture, manner: Manner) -> Written:
             with atomic_file(path) as temporary:
                 temporary.write_bytes(data)
     else:
-        data = path.read_bytes() if picture.shown else b""
+        data = path.read_bytes()
     small = None
     if picture.shown:  # of the file's bytes, so that a resumed job's sheet is the same
         pixels = pixels_of_file(data, manner.format, manner.facts.image_channels, units)
         small = thumbnail(pixels[0], picture.name, picture.group)
     frames = animation.frames_of(moving) if picture.shown_moving else []
     for_tar = (data, moving) if config.tar else (b"", b"")
-    return Written(picture.number, picture.name, picture.record, *for_tar, small, frames)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Written(picture.number, picture.name, picture.record, sha256, *for_tar, small, frames)
 
 
 def moving_bytes(picture: Picture, manner: Manner) -> bytes:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ldmkit.configfile import read_toml
+from ldmkit.configfile import read_run_config
 from ldmkit.container import Header, read_header
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import Manifest
 from ldmkit.manifest import MANIFEST, read_manifest
 from ldmkit.metrics.curves import Point
+from ldmkit.seals import line_state, read_page
 from ldmkit.training.setback import Setback, read_setback
 
 Kind = Literal["autoencoder", "diffusion", "latents", "evaluation", "run"]
@@ -114,7 +115,7 @@ def read_log(path: Path, problems: list[str]) -> Log:
     """
     log = Log({}, 0, False, {})
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open("rb") as file:
             for line in file:
                 log = _with_line(log, line)
     except FileNotFoundError:
@@ -130,11 +131,11 @@ def read_log(path: Path, problems: list[str]) -> Log:
     return log._replace(series={name: sorted(points) for name, points in log.series.items()})
 
 
-def _with_line(log: Log, line: str) -> Log:
+def _with_line(log: Log, line: bytes) -> Log:
     """The log with one more line; its dictionaries are filled in place."""
     step, numbers = _line(line)
-    if step is None:
-        whole = line.endswith("\n")
+    if step is None or line_state(line.removesuffix(b"\n")) == "damaged":
+        whole = line.endswith(b"\n")
         damaged = whole and bool(line.strip())
         return log._replace(unreadable=log.unreadable + damaged, cut=not whole)
     for name, value in numbers.items():
@@ -145,10 +146,10 @@ def _with_line(log: Log, line: str) -> Log:
     return log
 
 
-def _line(line: str) -> tuple[float | None, dict[str, float]]:
+def _line(line: bytes) -> tuple[float | None, dict[str, float]]:
     """The step and the numbers of a line; None if it is none of a log's."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8", "replace"))
         step = float(value.pop("step"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None, {}
@@ -170,8 +171,8 @@ def _config(path: Path, problems: list[str]) -> tuple[dict[str, Any], str]:
     text = ""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
-        return read_toml(file), text
-    except (UsageError, OSError) as error:
+        return read_run_config(file), text
+    except (UsageError, DataError, OSError) as error:
         problems.append(f"its settings cannot be read: {error}")
         return {}, text
 
@@ -216,11 +217,11 @@ def _evaluations(path: Path, problems: list[str]) -> tuple[Evaluation, ...]:
         try:
             if file.stat().st_size > MOST_REPORT_BYTES:
                 raise ValueError(f"more than {MOST_REPORT_BYTES // 1_000_000} MB")
-            report = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            report, _ = read_page(file)
+        except (OSError, ValueError, DataError) as error:
             problems.append(f"{file.relative_to(path)} cannot be read: {error}")
             continue
-        if isinstance(report, dict) and "schema_version" in report:
+        if "schema_version" in report:
             found.append(Evaluation(file, report))
     return tuple(found)
 

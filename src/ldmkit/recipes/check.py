@@ -24,6 +24,7 @@ from ldmkit.data.sources import scan_source
 from ldmkit.data_configs import CheckConfig
 from ldmkit.durable import write_text
 from ldmkit.recipes.audit_page import page
+from ldmkit.seals import sealed_html
 from ldmkit.terminal import say, track
 
 SCHEMA_VERSION = 1
@@ -95,7 +96,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
         | ({"parts": dict(Counter(parts))} if len(set(parts)) > 1 else {}),
     }
     if config.out is not None:
-        write_text(config.out, page(report, kinds, items, preprocessing))
+        write_text(config.out, sealed_html(page(report, kinds, items, preprocessing)))
         say(f"page with the pictures concerned: {config.out}")
     return report
 

@@ -27,7 +27,7 @@ from ldmkit.output.formats import (
     FORMATS,
     choose_format,
 )
-from ldmkit.output.listing import Listing
+from ldmkit.output.listing import Entry, Listing, line_of
 from ldmkit.output.provenance import KEY, as_text, provenance_of
 from ldmkit.output.tar import tar_member
 from ldmkit.output.threads import in_order, read_ahead
@@ -117,7 +117,7 @@ def decode(
             if add is not None:
                 add(one)
             elif listing is not None and config.provenance:
-                listing.add(manner.path(one.name).name, one.record)
+                listing.add(manner.path(one.name).name, one.record, one.sha256)
             if one.small is not None:
                 small[one.number] = one.small
             if one.frames:
@@ -228,7 +228,7 @@ def _there(picture: Picture, manner: Manner, listing: Listing) -> bool:
     """Whether the picture's file is there and was made of the same, by whatever versions."""
     path = manner.path(picture.name)
     moving = manner.config.animate == "none" or manner.animation(picture.name).is_file()
-    if not (path.is_file() and moving):
+    if not (path.is_file() and moving) or listing.is_damaged(path.name):
         return False
     try:
         carries = FORMATS[manner.format].carries_text
@@ -274,7 +274,8 @@ def _tar(
             if one.moving:
                 file.write(tar_member(manner.animation(one.name).name, one.moving))
             if manner.config.provenance:
-                file.write(tar_member(f"{one.name}.json", as_text(one.record).encode()))
+                line = line_of(manner.path(one.name).name, Entry(one.record, one.sha256))
+                file.write(tar_member(f"{one.name}.json", line.encode()))
 
         yield add
         file.write(END)

@@ -38,6 +38,7 @@ from ldmkit.metrics.sheets import (
 from ldmkit.modelfile import versions
 from ldmkit.networks.efficientnet import load_efficientnet_lite0
 from ldmkit.pixels import Sheet, save_png
+from ldmkit.seals import sealed_page
 from ldmkit.tensors import Images, Latents
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import noise_from, pick_device
@@ -302,7 +303,7 @@ def write_report(config: EvalAEConfig, found: dict[str, Any]) -> None:
         "units": UNITS,
     }
     text = json.dumps(head | found, ensure_ascii=False, indent=1)
-    write_text(config.out / "report.json", text + "\n")
+    write_text(config.out / "report.json", sealed_page(text + "\n"))
 
 
 def summarise(

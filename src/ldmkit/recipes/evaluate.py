@@ -54,6 +54,7 @@ from ldmkit.recipes.evaluation_report import (
     findings,
 )
 from ldmkit.recipes.generated import drawn_pictures
+from ldmkit.seals import sealed_page
 from ldmkit.terminal import say, track
 from ldmkit.training.runtime import pick_device
 
@@ -170,7 +171,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         "units": UNITS,
     }
     text = json.dumps(head | report, ensure_ascii=False, indent=1)
-    write_text(config.out / "report.json", text + "\n")
+    write_text(config.out / "report.json", sealed_page(text + "\n"))
     for line in as_text(report).splitlines():
         say(line)
     say(f"report on {len(samples.items)} samples in {config.out}")

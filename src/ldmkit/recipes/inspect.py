@@ -5,7 +5,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from ldmkit.configfile import read_toml
+from ldmkit.configfile import read_run_config
 from ldmkit.configs import STREAM, InspectConfig
 from ldmkit.container import Header, read_header, read_messages, verify, verify_file
 from ldmkit.errors import DataError
@@ -112,7 +112,7 @@ def _run(path: Path) -> dict[str, Any]:
         verify_file(read_header(file), file)
     return {
         "kind": "run",
-        "config": read_toml(path / "config.toml"),
+        "config": read_run_config(path / "config.toml"),
         "checkpoints": [file.parent.name for file in checkpoints],
         "averages": [file.stem for file in averages],
         "models": [file.name for file in models],

@@ -21,6 +21,7 @@ from ldmkit.pages.sections import (
     provenance,
 )
 from ldmkit.report_configs import ReportConfig
+from ldmkit.seals import sealed_html
 from ldmkit.version import __version__
 
 
@@ -46,7 +47,7 @@ def report(config: ReportConfig) -> Path:
         f"<p>Written by ldmkit {__version__}. Digests are taken as stated: "
         "<code>ldmkit inspect</code> recomputes them.</p>",
     ]
-    write_text(config.out, whole_page(title, parts))
+    write_text(config.out, sealed_html(whole_page(title, parts)))
     return config.out
 
 

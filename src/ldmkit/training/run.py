@@ -5,7 +5,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from ldmkit.configfile import first_difference, read_toml, to_toml
+from ldmkit.configfile import config_page, first_difference, read_run_config
 from ldmkit.configs import TrainingConfig
 from ldmkit.container import read_header
 from ldmkit.durable import sweep_temporaries, write_text
@@ -24,11 +24,12 @@ def open_run(config: TrainingConfig) -> None:
 
     Raises:
         UsageError: the directory holds a run with other settings; the message names the first.
+        DataError: the config that the directory keeps is damaged.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(config.out)
     require_same_run(config)
-    write_text(config.out / CONFIG_FILE, to_toml(config))
+    write_text(config.out / CONFIG_FILE, config_page(config))
 
 
 def as_begun(config: AnyTraining) -> AnyTraining:
@@ -40,7 +41,7 @@ def as_begun(config: AnyTraining) -> AnyTraining:
     file = config.out / CONFIG_FILE
     if config.batch_size != AUTO or not file.exists():
         return config
-    return with_batch_size(config, read_toml(file).get("batch_size", AUTO))
+    return with_batch_size(config, read_run_config(file).get("batch_size", AUTO))
 
 
 def with_batch_size(config: AnyTraining, size: int | Literal["auto"]) -> AnyTraining:
@@ -61,7 +62,7 @@ def require_same_run(config: TrainingConfig) -> None:
     file = config.out / CONFIG_FILE
     if file.exists():
         free = set(config.FREE_TO_CHANGE) - ({"steps"} if config.steps_shape_the_run else set())
-        stored = read_toml(file)
+        stored = read_run_config(file)
         if stored.get("batch_size") == AUTO:  # stopped before it was known, so before any step
             free |= {"batch_size"}
         difference = first_difference(config, stored, ignore=free)

@@ -14,6 +14,8 @@ from torch import Tensor
 from ldmkit.durable import atomic_file, write_text
 from ldmkit.errors import NonFiniteError, UsageError
 from ldmkit.pixels import Sheet, save_png
+from ldmkit.seals import line_state, lines_of, sealed_line
+from ldmkit.terminal import say
 
 
 class Weighted(NamedTuple):
@@ -96,7 +98,7 @@ class RunLog:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append one line."""
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            file.write(sealed_line(json.dumps({"step": step, **scalars})) + "\n")
         for name, value in scalars.items():
             if self._events is not None:
                 self._events.add_scalar(name, value, step)
@@ -119,14 +121,26 @@ class RunLog:
     def _cut(self, start: int) -> None:
         if not self.file.exists():
             return
-        kept = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= start:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue  # a line that a killed process left half written
+        kept, damaged = [], 0
+        lines, _ = lines_of(self.file.read_bytes())  # not what a killed process left half written
+        for line in lines:
+            step = _step_of(line)
+            damaged += step is None and bool(line.strip())
+            if step is not None and step <= start:
+                kept.append(line.decode() + "\n")
+        if damaged:
+            say(f"warning: {damaged} damaged line(s) of {self.file} are left out from now on")
         write_text(self.file, "".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of the log; None if it is none, or damaged."""
+    if line_state(line) == "damaged":
+        return None
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError):
+        return None
 
 
 def _means_of(name: str, value: Weighted) -> dict[str, float]:

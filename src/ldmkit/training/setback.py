@@ -4,12 +4,12 @@
 that a process killed in between goes on from the same state and meets the same trouble again.
 """
 
-import json
 from pathlib import Path
 
 from ldmkit.durable import write_text
 from ldmkit.facts import validated
 from ldmkit.fields import Config
+from ldmkit.seals import read_page, sealed_page
 
 FILE = "setback.json"
 
@@ -29,13 +29,9 @@ def read_setback(run: Path) -> Setback | None:
         DataError: the file is not what ldmkit wrote.
     """
     path = run / FILE
-    return (
-        validated(Setback, json.loads(path.read_text(encoding="utf-8")), str(path))
-        if path.exists()
-        else None
-    )
+    return validated(Setback, read_page(path)[0], str(path)) if path.exists() else None
 
 
 def write_setback(run: Path, setback: Setback) -> None:
     """Keep it, in one piece."""
-    write_text(run / FILE, setback.model_dump_json())
+    write_text(run / FILE, sealed_page(setback.model_dump_json(indent=1) + "\n"))

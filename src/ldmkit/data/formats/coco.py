@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 from ldmkit.data.formats.boxes import box_in_shares, pixel_size
 from ldmkit.data.formats.columns import caption_of, require_unicode
-from ldmkit.data.items import Box, Item, Problem, Source, Span
+from ldmkit.data.items import MAX_BYTES, Box, Item, Problem, Source, Span
 from ldmkit.data_configs import SourceConfig
 from ldmkit.errors import DataError
+from ldmkit.seals import read_limited
 
 TRIED = 8
 """How many of the first pictures are looked for in each folder."""
@@ -83,10 +84,7 @@ def read_coco(path: Path) -> Document:
         DataError: it cannot be read, is no JSON, or lacks what makes a COCO file.
     """
     try:
-        with path.open("rb") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        content = json.loads(read_limited(path, MAX_BYTES))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(content, dict):

@@ -23,11 +23,13 @@ from ldmkit.data.remote import Cache, RemoteFile, RemoteSpan, cache_of, stage, s
 from ldmkit.data.tar_members import tar_members
 from ldmkit.data_configs import SourceConfig
 from ldmkit.errors import DataError
+from ldmkit.seals import read_limited
 
 LABELMAP = "labelmap.png"
 CLASSES = "classes.json"
 MAX_CLASSES = 1_000_000
 MAX_SEEN = 1000
+MAX_NAMES_BYTES = 64 << 20
 """Keys of JSON that are remembered, to say what there is where a scalar is not."""
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_NAME_BYTES = 255
@@ -299,7 +301,7 @@ def _class_names(first_tar: str, cache: Cache, largest: int) -> tuple[str, ...]:
 
 def _names_in(file: Path, where: str, largest: int) -> tuple[str, ...]:
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))
+        names = json.loads(read_limited(file, MAX_NAMES_BYTES))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error})") from error
     if not isinstance(names, list) or len(names) <= largest:
