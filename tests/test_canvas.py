@@ -287,7 +287,7 @@ def test_guidance_and_concatenated_conditions_stay_inside_the_window(remembers, 
     }
     x, sigmas = torch.randn(2, 2, 8, 16, generator=generator), torch.tensor([3.0, 1.0, 0.0])
     tiling = Tiling((8, 8), 4)
-    found = denoise_at(model, values, guide, sigmas, tiling)
+    found = denoise_at(model, values, guide, sigmas, tiling=tiling)
     first = found(x, sigmas[:1].expand(2))
     expected = torch.zeros_like(x)
     for window in windows_of(8, 16, tiling):
@@ -297,7 +297,7 @@ def test_guidance_and_concatenated_conditions_stay_inside_the_window(remembers, 
         expected[..., columns.cells] += columns.weights.float() * alone
     assert torch.allclose(first, expected, rtol=1e-4, atol=1e-4)
     second = found(x, sigmas[1:2].expand(2))
-    fresh = denoise_at(model, values, guide, sigmas, tiling)(x, sigmas[1:2].expand(2))
+    fresh = denoise_at(model, values, guide, sigmas, tiling=tiling)(x, sigmas[1:2].expand(2))
     assert torch.equal(second, fresh) != remembers  # an estimate is seen by the windows it lies in
 
 

@@ -61,7 +61,7 @@ def test_one_weight_moves_from_null_to_conditional(x, sigma, weight):
     found = classifier_free(denoise, Guidance((weight,)))(x, sigma, condition)
     shift = torch.tensor([0.25 + weight * 0.75, 0.5 + weight * 1.5])
     assert torch.allclose(found, at(x, sigma, shift), atol=1e-5)
-    assert denoise.calls == [4]
+    assert denoise.calls == [2 if weight == 1.0 else 4]  # nothing is left of the null then
     conditional, null = denoise(
         torch.cat([x, x]), torch.cat([sigma, sigma]), condition.together
     ).chunk(2)
@@ -202,11 +202,14 @@ def test_autoguidance_moves_away_from_the_weak_model(x, sigma):
     for weight in (0.0, 1.0, 2.5):
         found = autoguided(good, weak, Guidance((weight,)))(x, sigma, condition)
         assert torch.allclose(found, at(x, sigma, [-1 + weight * 2]), atol=1e-5)
-    assert good.calls == weak.calls == [2, 2, 2]
+    assert (good.calls, weak.calls) == (
+        [2, 2, 2],
+        [2, 2],
+    )  # at weight 1 nothing is left of the weak one
     within = autoguided(good, weak, Guidance((3.0,), interval=(1.0, 4.0)))
     assert torch.allclose(within(x, sigma, condition), at(x, sigma, [1.0, 5.0]), atol=1e-5)
     within(x, sigma / 10, condition)
-    assert (len(good.calls), len(weak.calls)) == (5, 4)
+    assert (len(good.calls), len(weak.calls)) == (5, 3)
 
 
 def gaussian(mean, std):

@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from pydantic import ValidationError
@@ -150,7 +152,7 @@ def test_a_directory_has_one_writer(name, pipeline, tmp_path, monkeypatch):
             ldmkit.encode(EncodeConfig(data=pipeline.data, ae=pipeline.ae, out=out))
         else:
             run(name, pipeline, out)
-    assert [path.name for path in out.iterdir()] == [ownership.LOCK]
+    assert not out.exists()
 
 
 def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
@@ -162,6 +164,24 @@ def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
     assert (tmp_path / ownership.LOCK).exists()
     with owned(tmp_path):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_at_once_one_at_a_time_is_the_owner(tmp_path):
+    inside, most = [], []
+
+    def work(_):
+        with owned(tmp_path / "run"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.002)
+            inside.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(40)))
+    assert max(most) == 1
+    assert len(most) == 40
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / "run"])
 
 
 def test_parts_of_one_set_are_written_side_by_side(tmp_path):

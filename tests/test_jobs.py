@@ -277,7 +277,7 @@ def test_an_encoding_is_made_once_and_has_the_same_bytes(ldm, monkeypatch):
     for rows in ([0, 1], [1, 0], [2, 2], [0, 2]):
         told = {kind: value[rows] for kind, value in values.items()}
         drawn = [
-            draw_latents(model, told, (2, *SHAPE), seeded_noise(rows), manner, by)
+            draw_latents(model, told, (2, *SHAPE), seeded_noise(rows), manner, encode=by)
             for by in (LatentDiffusion.condition, encode)
         ]
         assert torch.equal(*drawn)

@@ -1,10 +1,11 @@
 """One writer to a directory: a second one is refused before it can spoil the first one's work."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ldmkit.errors import UsageError
 
@@ -17,8 +18,9 @@ PATIENCE = 15.0
 def owned(directory: Path, part: str = "") -> Iterator[None]:
     """Be the only process that writes to `directory`, which is made if it is missing.
 
-    The lock is the operating system's, so it ends with the process, however that ends; the file
-    `.lock` stays and says nothing.
+    The lock is the operating system's, so it ends with the process, however that ends. What was made for
+    it goes with it: the file `.lock` (filelock notices that a file it waited for is gone), and the
+    directory where nothing was put into it.
 
     Args:
         directory: of a run, or of a set.
@@ -28,15 +30,30 @@ def owned(directory: Path, part: str = "") -> Iterator[None]:
         UsageError: another process works there.
         OSError: the directory or the file cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / f"{LOCK}{part}")
-    try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout as error:
-        raise UsageError(
-            f"another ldmkit is at work in {directory}: wait for it, or give another --out"
-        ) from error
+    was_there = directory.is_dir()
+    file = directory / f"{LOCK}{part}"
+    lock = FileLock(file)
+    _acquire(lock, directory)
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # where a file that is open cannot be removed, it stays
+            file.unlink()
         lock.release()
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds something
+                directory.rmdir()
+
+
+def _acquire(lock: BaseFileLock, directory: Path) -> None:
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except FileNotFoundError:  # who had the directory has just removed it
+            continue
+        except Timeout as error:
+            raise UsageError(
+                f"another ldmkit is at work in {directory}: wait for it, or give another --out"
+            ) from error
+        return

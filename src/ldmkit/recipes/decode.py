@@ -94,6 +94,7 @@ def decode(
         first = next(blocks, None)
         if first is None:
             raise DataError(f"{source} holds no samples")
+        require_same_autoencoder(first.facts.autoencoder, config.ae, f"the samples in {source}")
         if config.feather and first.inpainted is None:
             raise UsageError(f"--feather: the samples in {source} carry no pictures with holes")
         total = first.facts.total if stream else count_samples(config.samples)
