@@ -40,12 +40,13 @@ from ldmkit.durable import atomic_file
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.metrics.bootstrap import frechet_draws, interval, resampling_counts
 from ldmkit.metrics.feature_networks import FeatureNetwork, effnet_network, features_of
-from ldmkit.metrics.frechet import FeatureStatistics, frechet_distance, rgb_pixels
+from ldmkit.metrics.frechet import FeatureStatistics, covariance_root, rgb_pixels
 from ldmkit.training.runtime import autocast_for
 
 AT_ONCE = 64
 FIRST_CALLS, OTHER_CALLS = (20, 30), (10, 50, 5, 15)
-GRIDS, GRID_CALLS, BEST = ("karras", "exponential", "align-your-steps", "linspace"), (20, 10), 4
+GRIDS, GRID_CALLS, BEST = ("karras", "exponential", "align-your-steps"), (20, 10), 4
+"""Grids other than the schedule's own (auto: trailing, for a discrete schedule) for the best samplers."""
 CONVERGED = ("dpmpp-2m", "auto", 200)
 """What samplers without randomness are compared with."""
 SAME = {"euler": "ddim"}
@@ -55,6 +56,8 @@ REAL, DECODED = "real", "decoded"
 DRAWS = 200
 PLACE = 20
 """In the seed tree."""
+Reference = tuple[tuple[Tensor, Tensor], Tensor]
+"""Mean and covariance of real features, and the covariance's root."""
 
 
 class Cell(NamedTuple):
@@ -116,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(1)
     asked.out.mkdir(parents=True, exist_ok=True)
     setting = setting_of(asked)
-    reference = real_moments(asked, setting)
+    reference = reference_of(asked, setting)
     results = asked.out / "results.jsonl"
     for cell in cells(asked, results):
         if cell not in sampler_page.measured(results, asked.num):
@@ -167,7 +170,7 @@ def cells(asked: argparse.Namespace, results: Path) -> Iterator[Cell]:
         yield from (Cell(name, "auto", calls) for name in samplers)
 
 
-def measure(cell: Cell, setting: Setting, reference: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def measure(cell: Cell, setting: Setting, reference: Reference) -> dict[str, Any]:
     """Draw what is missing of a cell, and measure all of it."""
     start = time.perf_counter()
     file = setting.out / f"{cell.name}.npz"
@@ -176,7 +179,7 @@ def measure(cell: Cell, setting: Setting, reference: tuple[Tensor, Tensor]) -> d
     for first in range(have, len(setting.labels), AT_ONCE):
         numbers = range(first, min(first + AT_ONCE, len(setting.labels)))
         latents = drawn(cell, setting, numbers)
-        with torch.no_grad():
+        with torch.no_grad(), autocast_for(setting.precision, torch.device("cpu"))():
             images = rgb_pixels(setting.decoder.decode(latents).float())
         features = features_of(setting.network, [images], lambda _: None).features
         parts.append({"features": features.numpy(), "latents": latents.numpy()})
@@ -184,13 +187,15 @@ def measure(cell: Cell, setting: Setting, reference: tuple[Tensor, Tensor]) -> d
     whole = {name: part[: len(setting.labels)] for name, part in whole.items()}
     save_cell(file, whole)
     features = torch.from_numpy(whole["features"])
-    distance = frechet_distance(reference, moments(features))
     counts = resampling_counts(len(features), DRAWS, 0)
+    once = torch.ones(1, len(features), dtype=counts.dtype)
+    real, root = reference
+    distance, *draws = frechet_draws(features, real, torch.cat([once, counts]), root).tolist()
     return {
         **cell._asdict(),
         "num": len(features),
         "fd": distance,
-        "interval": interval(frechet_draws(features, reference, counts), distance),
+        "interval": interval(draws, distance),
         "rms": deviation(cell, setting, torch.from_numpy(whole["latents"])),
         "seconds": time.perf_counter() - start,
     }
@@ -224,8 +229,8 @@ def deviation(cell: Cell, setting: Setting, latents: Tensor) -> float | None:
     return error.square().mean().sqrt().item()
 
 
-def real_moments(asked: argparse.Namespace, setting: Setting) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the features of all real pictures; kept in a file."""
+def reference_of(asked: argparse.Namespace, setting: Setting) -> Reference:
+    """Of all real pictures, whose features are kept in a file."""
     file = setting.out / f"{REAL}.npz"
     if not file.exists():
         setting.out.mkdir(parents=True, exist_ok=True)
@@ -237,14 +242,10 @@ def real_moments(asked: argparse.Namespace, setting: Setting) -> tuple[Tensor, T
         )
         side = features_of(setting.network, batches, lambda _: None)
         save_cell(file, {"features": side.features.numpy()})
-    return moments(torch.from_numpy(np.load(file)["features"]))
-
-
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance, float64."""
     statistics = FeatureStatistics()
-    statistics.add(features)
-    return statistics.moments()
+    statistics.add(torch.from_numpy(np.load(file)["features"]))
+    moments = statistics.moments()
+    return moments, covariance_root(moments[1])
 
 
 def save_cell(file: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -1,7 +1,7 @@
 """ldmkit: train latent diffusion models on your own pictures.
 
 Every command is one typed function here: `train_ae`, `eval_ae`, `encode`, `train_diffusion`,
-`ema`, `sample`, `decode`, `evaluate`, `inspect`, `report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
+`ema`, `tune_steps`, `sample`, `decode`, `evaluate`, `inspect`, `report`, `presets`, `import_`, `export`, `check`, `split`; each takes its config.
 `load_autoencoder` and `load_diffusion` give modules. All of it is imported on first use, so that
 `import ldmkit` costs nothing.
 """
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from ldmkit.recipes.split import split
     from ldmkit.recipes.train_ae import train_ae
     from ldmkit.recipes.train_diffusion import train_diffusion
+    from ldmkit.recipes.tune_steps import tune_steps
     from ldmkit.report_configs import ReportConfig
+    from ldmkit.tuning_configs import TuneStepsConfig
 
 __all__ = [
     "CheckConfig",
@@ -59,6 +61,7 @@ __all__ = [
     "SplitConfig",
     "TrainAEConfig",
     "TrainDiffusionConfig",
+    "TuneStepsConfig",
     "__version__",
     "check",
     "decode",
@@ -77,6 +80,7 @@ __all__ = [
     "split",
     "train_ae",
     "train_diffusion",
+    "tune_steps",
 ]
 
 
@@ -85,6 +89,7 @@ CONFIG_HOMES = {
     "DecodeConfig": "ldmkit.decode_configs",
     "EvaluateConfig": "ldmkit.evaluation_configs",
     "SampleConfig": "ldmkit.generation_configs",
+    "TuneStepsConfig": "ldmkit.tuning_configs",
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),
 }

@@ -29,6 +29,7 @@ from ldmkit import (
     interchange_configs,
     report_configs,
     terminal,
+    tuning_configs,
 )
 from ldmkit.configfile import to_toml
 from ldmkit.errors import (
@@ -50,6 +51,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "encode": data_configs.EncodeConfig,
     "train-diffusion": configs.TrainDiffusionConfig,
     "ema": configs.EMAConfig,
+    "tune-steps": tuning_configs.TuneStepsConfig,
     "sample": generation_configs.SampleConfig,
     "decode": decode_configs.DecodeConfig,
     "evaluate": evaluation_configs.EvaluateConfig,

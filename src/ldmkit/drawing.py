@@ -15,7 +15,7 @@ from ldmkit.conditioning.kind import Values
 from ldmkit.conditioning.self_conditioning import DenoiseUnder, remembering
 from ldmkit.data.order import generator_for
 from ldmkit.diffusion.denoiser import Denoise
-from ldmkit.diffusion.grids import GRIDS
+from ldmkit.diffusion.grids import GRIDS, of_levels
 from ldmkit.diffusion.guidance import (
     BothConditions,
     Branches,
@@ -63,6 +63,8 @@ class Manner(NamedTuple):
     """auto: the schedule's own."""
     settings: Mapping[str, Any] = MappingProxyType({})
     """Parameters of the sampler that differ from their defaults."""
+    levels: tuple[float, ...] = ()
+    """Noise levels that a file gives in the grid's place, as `diffusion.grids.of_levels` takes them."""
 
 
 @torch.no_grad()
@@ -107,6 +109,8 @@ def levels_of(schedule: Schedule, manner: Manner) -> Levels:
         ValueError: the schedule has not so many, or no such grid.
     """
     steps = SAMPLERS[manner.sampler].grid_steps(manner.steps)
+    if manner.levels:
+        return of_levels(manner.levels)(schedule, steps)
     if manner.grid == "auto":
         return schedule.steps(steps)
     return GRIDS[manner.grid](schedule, steps)
