@@ -179,7 +179,7 @@ def measure(cell: Cell, setting: Setting, reference: Reference) -> dict[str, Any
     for first in range(have, len(setting.labels), AT_ONCE):
         numbers = range(first, min(first + AT_ONCE, len(setting.labels)))
         latents = drawn(cell, setting, numbers)
-        with torch.no_grad(), autocast_for(setting.precision, torch.device("cpu"))():
+        with torch.no_grad(), autocast_for(torch.device("cpu"), setting.precision)():
             images = rgb_pixels(setting.decoder.decode(latents).float())
         features = features_of(setting.network, [images], lambda _: None).features
         parts.append({"features": features.numpy(), "latents": latents.numpy()})
@@ -207,7 +207,7 @@ def drawn(cell: Cell, setting: Setting, numbers: Sequence[int]) -> Tensor:
     if cell.sampler == DECODED:
         return setting.latents.read(setting.places[rows]).mean.float()
     manner = Manner(cell.calls, setting.guide, cell.sampler, cell.grid)  # pyright: ignore
-    with autocast_for(setting.precision, torch.device("cpu"))():
+    with autocast_for(torch.device("cpu"), setting.precision)():
         return draw_latents(
             setting.model,
             {"class": setting.labels[rows]},
