@@ -153,7 +153,7 @@ def figure(cells: Cells, names: Sequence[str], what: str, label: str, path: Path
         for n in range(len(names))
     )
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="690" height="600" class="plot" {plot[17:]}'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="620" class="plot" {plot[17:]}'
     )
     with atomic_file(path) as temporary:
         style = f"<style>{STYLE}{colours} svg {{ background: var(--page); }}</style>"

@@ -49,7 +49,7 @@ GRIDS, GRID_CALLS, BEST = ("karras", "exponential", "align-your-steps"), (20, 10
 """Grids other than the schedule's own (auto: trailing, for a discrete schedule) for the best samplers."""
 CONVERGED = ("dpmpp-2m", "auto", 200)
 """What samplers without randomness are compared with."""
-SAME = {"euler": "ddim"}
+SAME = {"euler": "ddim", "euler-ancestral": "ddpm"}
 """Samplers that are another one under their defaults; a test of ours says so."""
 REAL, DECODED = "real", "decoded"
 """Cells that need no model: real pictures, and through the autoencoder."""
