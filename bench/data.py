@@ -37,7 +37,6 @@ from PIL import Image, ImageDraw
 
 from ldmkit import terminal
 from ldmkit.autoencoder_configs import PreprocessingConfig
-from ldmkit.container import file_digest
 from ldmkit.data.images import read_picture
 from ldmkit.data.items import Item
 from ldmkit.data.latent_set import LatentSet
@@ -47,6 +46,7 @@ from ldmkit.data.pictures import decode_array
 from ldmkit.data.preprocessing import preprocess
 from ldmkit.data.sources import open_source
 from ldmkit.data_configs import SourceConfig
+from ldmkit.digests import file_digest
 from ldmkit.facts import Manifest, ShardEntry, Whitening
 from ldmkit.manifest import write_manifest
 from ldmkit.modelfile import save

@@ -20,7 +20,7 @@ from ldmkit.assembly import autoencoder_facts, preprocessing_of
 from ldmkit.conditioning.mask import Convention, fill_hole
 from ldmkit.conditioning.text_tower import encode_texts, load_tower
 from ldmkit.configs import STREAM
-from ldmkit.container import file_digest, read_header, read_messages
+from ldmkit.container import read_header, read_messages
 from ldmkit.data.images import read_images
 from ldmkit.data.items import Box, Item, Span
 from ldmkit.data.latent_set import LatentSet
@@ -28,6 +28,7 @@ from ldmkit.data.latents import box_columns, items_digest, text_columns
 from ldmkit.data.masks import LEAST, MOST
 from ldmkit.data.sources import open_source, scan_source
 from ldmkit.data_configs import CheckConfig, EncodeConfig, SourceConfig
+from ldmkit.digests import file_digest
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import Manifest, ShardEntry, Whitening
 from ldmkit.manifest import read_manifest, write_manifest

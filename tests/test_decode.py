@@ -18,11 +18,11 @@ import ldmkit
 from ldmkit.assembly import autoencoder_facts, build_autoencoder, load_autoencoder, save_autoencoder
 from ldmkit.autoencoder_configs import AutoencoderConfig, PreprocessingConfig
 from ldmkit.conditioning.mask import blended
-from ldmkit.container import file_digest
 from ldmkit.data.latents import text_columns
 from ldmkit.data.pictures import decode_picture
 from ldmkit.data.tar_members import tar_members
 from ldmkit.decode_configs import DecodeConfig
+from ldmkit.digests import file_digest
 from ldmkit.errors import DataError, StorageError, UsageError
 from ldmkit.facts import Depth, SampleFacts
 from ldmkit.modelfile import save, write_message

@@ -342,7 +342,7 @@ def measured_ladder(extract, first, second):
     ladder = (
         first,
         blurred(first, 0.7),
-        blurred(first, 1.5),
+        blurred(first, 2.0),
         torch.rand(first.shape, generator=generator) * 2 - 1,
     )
     sides = [
@@ -434,15 +434,9 @@ def jpeg(images, quality):
 
 
 def look(images, training):
-    """Features of the random network, and the nearest training picture of each."""
-    network = Tiny()
-    features, theirs = (network.everywhere((one + 1.0) * 127.5) for one in (images, training))
-    index, distance = generation.nearest(features, theirs)
-    return memorization.Nearness(
-        index,
-        distance,
-        memorization.pixel_distance(images, training[index]),
-        memorization.same_pictures(images, training[index]),
+    """The nearest training picture of each."""
+    return memorization.nearness(
+        memorization.area_means(images), [memorization.area_means(training)]
     )
 
 
@@ -473,20 +467,49 @@ def test_held_back_pictures_that_are_training_pictures_do_not_blind_it():
     samples = torch.cat([training[5:10], scenes(40, 3)])
     found = memorization.verdict(look(samples, training), look(held_back, training), 0.0)
     assert found.duplicates == 3
-    assert found.limit > 0
+    assert found.limit > memorization.SAME
     assert found.copies[:5].all()
     assert not found.copies[5:].any()
     only = memorization.verdict(look(samples, training), look(training[:4], training), 0.0)
-    assert (only.limit, only.duplicates) == (0.0, 4)
+    assert (only.limit, only.duplicates) == (memorization.SAME, 4)
     assert only.copies.sum() == 5
 
 
 def test_mirror_images_are_copies():
     training = scenes(30, 1)
-    near = memorization.pixel_distance(jpeg(training.flip(3), 80), training)
-    assert near.max() < 0.1 < memorization.pixel_distance(training[:-1], training[1:]).min()
-    assert memorization.same_pictures(training.flip(3), training).all()
-    assert not memorization.same_pictures(training[:-1], training[1:]).any()
+    assert look(training.flip(3), training).areas.max() < 1e-6
+    near = look(jpeg(training.flip(3), 80), training)
+    assert near.place.tolist() == list(range(30))
+    assert near.areas.max() < 0.25 < look(training[:15], training[15:]).areas.min()
+
+
+def test_the_difference_is_that_of_the_area_that_differs_most():
+    """A picture that differs in one corner alone is another one, on however large a common ground."""
+    picture = torch.zeros(1, 3, 64, 64)
+    other = picture.clone()
+    other[:, 1, :8, :8] = 0.5  # an area: 4 of 32 places on each axis
+    near = look(other, picture)
+    assert near.areas.item() == pytest.approx(0.5)
+    assert not near.same
+    assert look(picture + 0.05, picture).areas.item() == pytest.approx(0.05, abs=1e-6)
+
+
+def test_a_copy_through_the_autoencoder_is_found_in_that_version():
+    """An autoencoder that changes colours hides copies from who compares with files alone."""
+    training, held_back = scenes(60, 1), scenes(40, 2)
+
+    def through(images):
+        return (0.5 * images + 0.3).clamp(-1, 1)
+
+    versions = [memorization.area_means(part) for part in (training, through(training))]
+    samples = torch.cat([through(training[7:12]), training[20:22], through(scenes(30, 3))])
+    near = memorization.nearness(memorization.area_means(samples), versions)
+    calm = memorization.nearness(memorization.area_means(through(held_back)), versions)
+    found = memorization.verdict(near, calm, 0.0)
+    assert near.place[:7].tolist() == [7, 8, 9, 10, 11, 20, 21]
+    assert found.copies.tolist() == [True] * 7 + [False] * 30
+    alone = memorization.nearness(memorization.area_means(samples), versions[:1])
+    assert not alone.same[:5].any()
 
 
 def emoji(count):
@@ -495,36 +518,27 @@ def emoji(count):
     return read_images([items[i] for i in order[:count]], PreprocessingConfig(size=64))
 
 
-@pytest.mark.weights
-def test_the_published_network_finds_every_copy_of_emoji(published_weights, capsys):
-    """Exact, compressed and mirrored copies among held-back and training pictures' likes."""
-    file = published_weights("efficientnet-lite0-*.pth")[0]
-    network = feature_networks.effnet_network(file, torch.device("cpu"))
+def test_every_copy_of_an_emoji_is_found_among_twins():
+    """Pictures drawn after one pattern: exact, compressed and mirrored copies, and ones not trained on."""
     images = emoji(560)
     training, held_back, new = images.split([240, 160, 160])
     copies = torch.cat(
         [
-            training[:10],
-            jpeg(training[10:20], 85),
-            jpeg(training[20:30], 60),
-            training[30:40].flip(3),
+            training[:20],
+            jpeg(training[20:40], 90),
+            jpeg(training[40:60], 75),
+            training[60:70].flip(3),
         ]
     )
-    seen = features_of(network, map(rgb_pixels, training.split(16)), lambda _: None).features
-    near = []
-    for side in (torch.cat([copies, new]), held_back):
-        found = features_of(network, map(rgb_pixels, side.split(16)), lambda _: None).features
-        index, distance = generation.nearest(found, seen)
-        theirs = training[index]
-        pixels = memorization.pixel_distance(side, theirs)
-        same = memorization.same_pictures(side, theirs)
-        near.append(memorization.Nearness(index, distance, pixels, same))
-    found = memorization.verdict(near[0], near[1], 0.0)
-    with capsys.disabled():
-        print("copies", near[0].product[:40].max(), "limit", found.limit)
-        print("new", near[0].product[40:].min(), near[0].same[40:].sum(), found.duplicates)
-    assert found.copies[:40].all()
-    assert not (found.copies & ~near[0].same)[40:].any()
+    near, calm = look(torch.cat([copies, new]), training), look(held_back, training)
+    found = memorization.verdict(near, calm, 0.0)
+    assert near.place[:70].tolist() == list(range(70))
+    assert found.copies[:70].all()
+    wrong = found.copies[70:]
+    assert near.same[70:][wrong].all()
+    assert (
+        wrong.sum() <= 2
+    )  # twins: pictures that are there twice but for a direction or a clock's hand
 
 
 @pytest.mark.weights

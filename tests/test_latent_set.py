@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 import ldmkit
 from conftest import diffusion_config
-from ldmkit.container import file_digest, read_header
+from ldmkit.container import read_header
 from ldmkit.data import latent_set
 from ldmkit.data.latent_batches import samples_of_step, training_buckets
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.order import is_held_back
 from ldmkit.data.sources import open_source
 from ldmkit.data_configs import EncodeConfig, SourceConfig
+from ldmkit.digests import file_digest
 from ldmkit.errors import DataError
 from ldmkit.facts import Manifest, ShardEntry, Whitening
 from ldmkit.manifest import write_manifest

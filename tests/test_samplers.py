@@ -152,6 +152,8 @@ SDE_ORDERS = [
     ("er-sde", {"order": 1}, 1),
     ("er-sde", {"order": 2}, 2),
     ("er-sde", {"order": 3}, 3),
+    ("restart", {}, 2),
+    ("restart", {"repeats": 1}, 2),
 ]
 
 

@@ -54,8 +54,10 @@ if TYPE_CHECKING:
     from ldmkit.recipes.spread import spread
     from ldmkit.recipes.train_ae import train_ae
     from ldmkit.recipes.train_diffusion import train_diffusion
+    from ldmkit.recipes.tune_steps import tune_steps
     from ldmkit.recipes.verify import verify
     from ldmkit.report_configs import ReportConfig
+    from ldmkit.tuning_configs import TuneStepsConfig
 
 __all__ = [
     "AnomalyConfig",
@@ -79,6 +81,7 @@ __all__ = [
     "SpreadConfig",
     "TrainAEConfig",
     "TrainDiffusionConfig",
+    "TuneStepsConfig",
     "VerifyConfig",
     "__version__",
     "anomaly",
@@ -104,6 +107,7 @@ __all__ = [
     "spread",
     "train_ae",
     "train_diffusion",
+    "tune_steps",
     "verify",
 ]
 
@@ -115,6 +119,7 @@ CONFIG_HOMES = {
     "InvertConfig": "ldmkit.inversion_configs",
     "SampleConfig": "ldmkit.generation_configs",
     **dict.fromkeys(("DoctorConfig", "VerifyConfig"), "ldmkit.care_configs"),
+    "TuneStepsConfig": "ldmkit.tuning_configs",
     **dict.fromkeys(("CheckConfig", "EncodeConfig", "SplitConfig"), "ldmkit.data_configs"),
     **dict.fromkeys(("ExportConfig", "ImportConfig"), "ldmkit.interchange_configs"),
     **dict.fromkeys(

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldmkit.configfile import config_state
-from ldmkit.container import HEADER_START, file_digest
+from ldmkit.container import HEADER_START
 from ldmkit.data.tar_members import tar_members
+from ldmkit.digests import file_digest
 from ldmkit.durable import TEMPORARY_MARK
 from ldmkit.errors import DataError
 from ldmkit.facts import Manifest

@@ -7,7 +7,8 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
-from ldmkit.container import DTYPE_BYTES, FingerprintBuilder, metadata, sealed_header
+from ldmkit.container import DTYPE_BYTES, metadata, sealed_header
+from ldmkit.digests import FingerprintBuilder
 
 
 class Column(NamedTuple):

@@ -32,6 +32,7 @@ from ldmkit import (
     measures_configs,
     report_configs,
     terminal,
+    tuning_configs,
 )
 from ldmkit.configfile import to_toml
 from ldmkit.errors import (
@@ -53,6 +54,7 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "encode": data_configs.EncodeConfig,
     "train-diffusion": configs.TrainDiffusionConfig,
     "ema": configs.EMAConfig,
+    "tune-steps": tuning_configs.TuneStepsConfig,
     "sample": generation_configs.SampleConfig,
     "invert": inversion_configs.InvertConfig,
     "decode": decode_configs.DecodeConfig,

@@ -16,7 +16,7 @@ from ldmkit.conditioning.kind import Values
 from ldmkit.conditioning.self_conditioning import DenoiseUnder, remembering
 from ldmkit.data.order import generator_for
 from ldmkit.diffusion.denoiser import Denoise
-from ldmkit.diffusion.grids import GRIDS
+from ldmkit.diffusion.grids import GRIDS, of_levels
 from ldmkit.diffusion.guidance import (
     BothConditions,
     Branches,
@@ -72,6 +72,8 @@ class Manner(NamedTuple):
     """auto: the schedule's own."""
     settings: Mapping[str, Any] = MappingProxyType({})
     """Parameters of the sampler that differ from their defaults."""
+    levels: tuple[float, ...] = ()
+    """Noise levels that a file gives in the grid's place, as `diffusion.grids.of_levels` takes them."""
     share: float = 1.0
     """Of the noise levels that is walked, the less noisy ones; 0 < share <= 1."""
     tiling: Tiling | None = None
@@ -158,7 +160,12 @@ def levels_of(schedule: Schedule, manner: Manner) -> Levels:
     """
     steps = SAMPLERS[manner.sampler].grid_steps(manner.steps)
     whole = round(steps / manner.share)
-    found = schedule.steps(whole) if manner.grid == "auto" else GRIDS[manner.grid](schedule, whole)
+    if manner.levels:
+        found = of_levels(manner.levels)(schedule, whole)
+    elif manner.grid == "auto":
+        found = schedule.steps(whole)
+    else:
+        found = GRIDS[manner.grid](schedule, whole)
     return found[whole - steps :]
 
 

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ldmkit.canvas_configs import CanvasConfig
 from ldmkit.configs import STREAM
@@ -51,6 +51,16 @@ GridName = Literal[
     "align-your-steps",
 ]
 """Keep in step with `diffusion.grids.GRIDS`, but for auto; a test compares them."""
+GRID_SUFFIX = ".json"
+
+
+def _is_grid_file(path: Path) -> Path:
+    if path.suffix != GRID_SUFFIX:
+        raise ValueError(f"give a file of tune-steps (*{GRID_SUFFIX})")
+    return path
+
+
+GridFile = Annotated[Path, AfterValidator(_is_grid_file)]
 Combination = Literal["composed", "nested"]
 GrowthName = Literal["constant", "linear", "cosine"]
 """Keep both in step with `diffusion.guidance`; a test compares them."""
@@ -116,10 +126,10 @@ class SampleConfig(CanvasConfig, OriginConfig, ImageGuideConfig, SampleJobConfig
     )
     steps: Positive = field(50, "Model calls for each sample, exactly")
     sampler: SamplerName = field("ddim", "How noise becomes latents (docs/samplers.md)")
-    grid: GridName = field(
+    grid: GridFile | GridName = field(
         "auto",
         "Which noise levels the sampler visits (docs/samplers.md); auto = the schedule's own: trailing for"
-        " discrete ones, even in time for flow, even in sigma^(1/rho) for edm",
+        " discrete ones, even in time for flow, even in sigma^(1/rho) for edm; FILE = what tune-steps found",
     )
     eta: Annotated[float, Field(ge=0, le=1)] | None = field(
         None,

@@ -15,7 +15,6 @@ from ldmkit.assembly import (
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
-from ldmkit.container import file_digest
 from ldmkit.data.images import read_images
 from ldmkit.data.items import Item, Span
 from ldmkit.data.latent_set import LatentSet
@@ -23,6 +22,7 @@ from ldmkit.data.sources import open_source
 from ldmkit.data_configs import SourceConfig
 from ldmkit.diffusion.guidance import image_guided
 from ldmkit.diffusion.samplers import DenoiseAt
+from ldmkit.digests import file_digest
 from ldmkit.drawing import Steer
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import DiffusionFacts

@@ -6,7 +6,8 @@ Needs no torch, so that `ldmkit inspect` and whoever else only looks can use it 
 import json
 from pathlib import Path
 
-from ldmkit.container import FORMAT_VERSIONS, file_digest
+from ldmkit.container import FORMAT_VERSIONS
+from ldmkit.digests import file_digest
 from ldmkit.durable import write_text
 from ldmkit.errors import DataError
 from ldmkit.facts import Manifest, ShardEntry, validated

@@ -16,6 +16,7 @@ from ldmkit.errors import DataError, UsageError
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.requests import text_values
+from ldmkit.tuned_steps import read_tuned
 
 OPTIONS = {
     "eta": "--eta",
@@ -36,15 +37,16 @@ def manner_of(config: SampleConfig, model: LatentDiffusion) -> Manner:
 
     Raises:
         UsageError: an option does not fit the sampler, the schedule, or what the model is told.
-        DataError: the weaker model cannot be used beside the model.
+        DataError: the weaker model cannot be used beside the model, or a file of noise levels.
     """
     manner = Manner(
         config.steps,
         _guide(config, model),
         config.sampler,
-        config.grid,
-        _settings(config),
-        config.share,
+        "auto" if isinstance(config.grid, Path) else config.grid,
+        settings=_settings(config),
+        levels=_levels(config.grid, config.model) if isinstance(config.grid, Path) else (),
+        share=config.share,
     )
     try:
         sigmas = levels_of(model.schedule, manner)
@@ -66,6 +68,10 @@ def manner_of(config: SampleConfig, model: LatentDiffusion) -> Manner:
         set_by = "".join(f", {OPTIONS[name]}" for name in manner.settings)
         raise UsageError(f"--sampler {config.sampler}{set_by}: {error}") from error
     return manner
+
+
+def _levels(file: Path, model: Path) -> tuple[float, ...]:
+    return read_tuned(file, diffusion_facts(model).fingerprint).levels
 
 
 def _settings(config: SampleConfig) -> dict[str, Any]:

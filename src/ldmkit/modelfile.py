@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ldmkit.container import (
-    FingerprintBuilder,
     Header,
-    crc32,
     metadata,
     read_header,
     read_messages,
@@ -26,6 +24,7 @@ from ldmkit.container import (
     verify,
     verify_file,
 )
+from ldmkit.digests import FingerprintBuilder, crc32
 from ldmkit.durable import atomic_file
 from ldmkit.errors import DataError
 from ldmkit.version import __version__

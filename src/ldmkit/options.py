@@ -158,8 +158,9 @@ def _keyword(name: str, kind: Any, option: Any) -> inspect.Parameter:  # noqa: A
 
 def _typer_type(annotation: Any) -> tuple[Any, str | None]:  # noqa: ANN401
     """The type Typer parses, and what to show for it."""
-    if words := _words_beside_a_number(annotation):
-        return str, "|".join(("INTEGER", *words))
+    if words := _words_beside_a_value(annotation):
+        value = "INTEGER" if _plain(annotation) is int else "FILE"
+        return str, "|".join((value, *words))
     annotation = _plain(annotation)
     if get_origin(annotation) is tuple:
         parts = get_args(annotation)
@@ -174,11 +175,11 @@ def _typer_type(annotation: Any) -> tuple[Any, str | None]:  # noqa: ANN401
     return annotation, None
 
 
-def _words_beside_a_number(annotation: Any) -> tuple[str, ...]:  # noqa: ANN401
-    """The words that a field takes which takes a number too; () for any other field."""
+def _words_beside_a_value(annotation: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """The words that a field takes which takes a number or a file too; () for any other field."""
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
     words = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
-    return words if _plain(annotation) is int else ()
+    return words if _plain(annotation) in (int, Path) else ()
 
 
 def _plain(annotation: Any) -> Any:  # noqa: ANN401
@@ -244,7 +245,7 @@ def _sentence(error: ValidationError, config_class: type[Config]) -> str:
         return f"{path[-1].upper()} is missing: {field.info.description if field else dotted}"
     if field is None:  # a check of a whole config, whose message names what it is about
         return words
-    words = ", or ".join((words, *_words_beside_a_number(field.info.annotation)))
+    words = ", or ".join((words, *_words_beside_a_value(field.info.annotation)))
     return f"{field.option}: {words} (got {problem['input']!r})"
 
 

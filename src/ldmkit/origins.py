@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldmkit.container import file_digest
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.diffusion.interpolation import slerp
 from ldmkit.diffusion.inversion import invert_ddim
 from ldmkit.diffusion.known_region import KnownRegion, touched
+from ldmkit.digests import file_digest
 from ldmkit.drawing import Destination, Manner, Origin, denoise_at, levels_of, seeded_noise
 from ldmkit.errors import DataError, UsageError
 from ldmkit.facts import DiffusionFacts, NoiseFacts, SampleFacts, validated

@@ -17,10 +17,10 @@ from ldmkit.conditioning.frozen_image import embedded_pictures, read_shown
 from ldmkit.conditioning.frozen_text import embedded
 from ldmkit.conditioning.kind import Sides
 from ldmkit.conditioning.kinds import KINDS, readers_of, values_of
-from ldmkit.container import file_digest
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.data.order import generator_for
 from ldmkit.diffusion_configs import DiffusionConfig
+from ldmkit.digests import file_digest
 from ldmkit.errors import DataError, UsageError
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.manifest import MANIFEST

@@ -17,7 +17,7 @@ import torch
 
 from ldmkit.configfile import to_toml
 from ldmkit.configs import TrainAEConfig, TrainDiffusionConfig
-from ldmkit.container import FORMAT_VERSIONS, file_digest
+from ldmkit.container import FORMAT_VERSIONS
 from ldmkit.data.formats.sidecars import text_of
 from ldmkit.data.formats.tables import read_jsonl, read_table
 from ldmkit.data.latents import text_columns
@@ -25,6 +25,7 @@ from ldmkit.data.shard_file import open_shard
 from ldmkit.data.sources import scan_source
 from ldmkit.data.tar_members import tar_members
 from ldmkit.data_configs import SourceConfig
+from ldmkit.digests import file_digest
 from ldmkit.errors import LdmkitError
 from ldmkit.facts import Manifest, SampleFacts, ShardEntry, Whitening
 from ldmkit.manifest import read_manifest, write_manifest

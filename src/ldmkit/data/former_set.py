@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldmkit.container import file_digest, read_header
+from ldmkit.container import read_header
 from ldmkit.data.encoding import Task
 from ldmkit.data.items import Item, Source
 from ldmkit.data.latents import (
@@ -16,6 +16,7 @@ from ldmkit.data.latents import (
     read_texts,
     shard_name,
 )
+from ldmkit.digests import file_digest
 from ldmkit.errors import DataError
 from ldmkit.facts import Facts, Manifest, ShardEntry, ShardFacts, validated
 from ldmkit.manifest import MANIFEST, read_manifest

@@ -137,6 +137,28 @@ def anchored(anchors: Sequence[float]) -> Grid:
     return grid
 
 
+def of_levels(levels: Sequence[float]) -> Grid:
+    """A grid of given levels, the last of them where the step to 0 begins.
+
+    For as many steps as there are levels but one, it is the levels, with the last replaced by 0; for other
+    numbers of steps they are anchors. The levels are those of one model: nothing is fitted to a schedule.
+
+    Args:
+        levels: falling noise levels, at least two, the last above 0.
+
+    Raises:
+        ValueError: they are not that.
+    """
+    through = anchored(levels)
+
+    def grid(schedule: Schedule, steps: int) -> Float[Tensor, " steps_plus_1"]:
+        if steps == len(levels) - 1:
+            return _then_0(torch.tensor(levels[:-1], dtype=torch.float64))
+        return through(schedule, steps)
+
+    return grid
+
+
 def _of_sigma(
     schedule: Schedule,
     steps: int,

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ldmkit.data.order import generator_for
+from ldmkit.metrics.frechet import covariance_root
 from ldmkit.metrics.generation import (
     BLOCK,
     Logits,
@@ -48,7 +49,9 @@ def interval(drawn: Sequence[float] | Drawn, value: float) -> tuple[float, float
     return low, high
 
 
-def frechet_draws(samples: Points, real: tuple[Tensor, Tensor], counts: Counts) -> Drawn:
+def frechet_draws(
+    samples: Points, real: tuple[Tensor, Tensor], counts: Counts, root: Tensor | None = None
+) -> Drawn:
     """The Fréchet distance of each draw of the samples to real pictures.
 
     tr((C R)^(1/2)) is the sum of the roots of the eigenvalues of R^(1/2) C R^(1/2). With Z = X R^(1/2) for
@@ -59,11 +62,11 @@ def frechet_draws(samples: Points, real: tuple[Tensor, Tensor], counts: Counts) 
         samples: features `[n, f]`.
         real: mean `[f]` and covariance R `[f, f]`, float64.
         counts: of the draws.
+        root: `covariance_root(R)`, for who measures many sets against one.
     """
     mean, covariance = real
-    values, vectors = torch.linalg.eigh(covariance)
     x = samples.double() - mean
-    z = x @ ((vectors * values.clamp_min(0.0).sqrt()) @ vectors.T)
+    z = x @ (covariance_root(covariance) if root is None else root)
     squares, count = x.square().sum(1), len(x)
     gram = z @ z.T if 0.632 * count <= x.shape[1] else None
     found = []

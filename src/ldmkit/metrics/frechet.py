@@ -104,12 +104,17 @@ def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> floa
         b: the same of the other set.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
+    root = covariance_root(cov_a)
     product = root @ cov_b @ root
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0.0).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2.0 * trace
     return max(0.0, distance.item())
+
+
+def covariance_root(covariance: Float[Tensor, "f f"]) -> Float[Tensor, "f f"]:
+    """The symmetric root of a covariance, which may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
 
 
 def inception(

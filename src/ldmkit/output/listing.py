@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from ldmkit.container import file_digest
+from ldmkit.digests import file_digest
 from ldmkit.durable import write_text
 from ldmkit.errors import DataError, StorageError
 from ldmkit.output.provenance import Provenance, as_text

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldmkit.assembly import autoencoder_facts, preprocessing_of
+from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
+from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.data.images import read_images, split
 from ldmkit.data.items import Item
@@ -25,14 +26,14 @@ from ldmkit.metrics.feature_networks import (
     inception_network,
 )
 from ldmkit.metrics.frechet import rgb_pixels
-from ldmkit.metrics.generation import nearest
 from ldmkit.metrics.memorization import (
+    Areas,
     Nearness,
     Verdict,
+    area_means,
     nearer_to_training,
     nearest_first,
-    pixel_distance,
-    same_pictures,
+    nearness,
     verdict,
 )
 from ldmkit.metrics.quality import Quality, quality
@@ -68,7 +69,7 @@ UNITS = {
     "density": "1 for real pictures",
     "interval": "95 %, over samples",
     "floor": "the same number for two halves of the real pictures",
-    "pixels": "root mean square difference in units of pictures in [-1, 1]",
+    "areas": "largest difference of the means of areas, in units of pictures in [-1, 1]",
 }
 
 
@@ -134,7 +135,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         if training is not None and memory is None:  # in the first network's features
             seen = look(network, training, config, "training pictures")
             memory = search_copies(
-                config, (samples, mine), (real, reference.side), (training, seen)
+                config, (samples, mine), (real, reference.side), (training, seen), device
             )
             draw_strip(config, samples, training, memory)
     if config.save_reference is not None:
@@ -274,28 +275,32 @@ def search_copies(
     samples: tuple[Pictures, Side],
     held_back: tuple[Pictures, Side],
     training: tuple[Pictures, Side],
+    device: torch.device,
 ) -> Memory:
-    """Look for samples that are training pictures."""
-    near, calm = (nearness(side, training, config.batch_size) for side in (samples, held_back))
+    """Look for samples that are training pictures, as files or as the autoencoder gives them back."""
+    decoder = None if config.ae is None else load_autoencoder(config.ae, device)
+    versions = [areas_of(training[0], config.batch_size)]
+    if decoder is not None:  # what a latent model that knows them by heart would draw
+        versions.append(areas_of(training[0], config.batch_size, decoder))
+    near = nearness(areas_of(samples[0], config.batch_size), versions)
+    calm = nearness(areas_of(held_back[0], config.batch_size, decoder), versions)
     nearer = nearer_to_training(
         samples[1].features, training[1].features, held_back[1].features, config.seed
     )
     return Memory(near, calm, verdict(near, calm, config.copy_quantile), nearer)
 
 
-def nearness(
-    side: tuple[Pictures, Side], training: tuple[Pictures, Side], batch_size: int
-) -> Nearness:
-    """Each picture's nearest training picture by features, looked at again pixel by pixel."""
-    index, distance = nearest(side[1].features, training[1].features)
-    neighbours = Pictures([training[0].items[i] for i in index.tolist()], training[0].preprocessing)
-    pixels, same = [], []
-    pairs = zip(pixels_of(side[0], batch_size), pixels_of(neighbours, batch_size), strict=True)
-    for mine, theirs in pairs:
-        images, others = (one.float() / 127.5 - 1.0 for one in (mine, theirs))
-        pixels.append(pixel_distance(images, others))
-        same.append(same_pictures(images, others))
-    return Nearness(index, distance, torch.cat(pixels), torch.cat(same))
+@torch.no_grad()
+def areas_of(pictures: Pictures, batch_size: int, decoder: Autoencoder | None = None) -> Areas:
+    """Area means of pictures, or of what an autoencoder makes of them."""
+    found = []
+    for first in range(0, len(pictures.items), batch_size):
+        images = read_images(pictures.items[first : first + batch_size], pictures.preprocessing)
+        if decoder is not None:
+            posterior = decoder.encode(images.to(next(decoder.parameters()).device))
+            images = decoder.decode(posterior.mean).float()
+        found.append(area_means(rgb_pixels(images).float() / 127.5 - 1.0).cpu())
+    return torch.cat(found)
 
 
 def draw_strip(

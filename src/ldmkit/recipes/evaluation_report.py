@@ -46,10 +46,10 @@ def described_memory(
         "training": len(training),
         "held_back": len(held_back),
         "copies": len(copies),
-        "limit_features_times_pixels": found.limit,
+        "limit_areas": found.limit,
         "median_distance": {
-            "samples": near[0].features.median().item(),
-            "held_back": near[1].features.median().item(),
+            "samples": near[0].areas.median().item(),
+            "held_back": near[1].areas.median().item(),
         },
         "nearer_to_training": nearer,
         "copied": [_pair(i, near[0], samples, training) for i in copies[:NAMES_SHOWN]],
@@ -148,8 +148,6 @@ def _pair(
     return {
         "key": pictures[place].key,
         "training": training[int(near.place[place])].key,
-        "features": near.features[place].item(),
-        "pixels": near.pixels[place].item(),
-        "features_times_pixels": near.product[place].item(),
+        "areas": near.areas[place].item(),
         "same": bool(near.same[place]),
     }
