@@ -152,9 +152,7 @@ def figure(cells: Cells, names: Sequence[str], what: str, label: str, path: Path
         f".plot .dot.s{n} {{ fill: hsl({n * 137 % 360} 65% 45%); }}"
         for n in range(len(names))
     )
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="620" class="plot" {plot[17:]}'
-    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="620" class="plot" {plot[17:]}'
     with atomic_file(path) as temporary:
         style = f"<style>{STYLE}{colours} svg {{ background: var(--page); }}</style>"
         temporary.write_text(head.replace("<title>", f"{style}<title>", 1) + "\n")
