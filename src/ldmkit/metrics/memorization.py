@@ -22,8 +22,8 @@ PLACE = 13
 SIDE, AREA, STRIDE = 32, 4, 2
 """Of the small versions, of the areas in them, and from one area to the next, pixels."""
 SAME = 12.0 / 127.5
-"""Largest difference of area means, in units of [-1, 1], that another encoding makes (JPEG of quality 75: 14 of 255 at
-most and 12 in all but one of 34, of quality 90: 11 at most; docs/log.md)."""
+"""Largest difference of area means, in units of [-1, 1], that another encoding makes: JPEG of quality 90 makes up to
+11 of 255, of quality 75 up to 14 (docs/log.md)."""
 MARGIN = 0.5
 """The nearest of a thousand samples is nearer than the nearest of a hundred held-back pictures without being a
 copy; copies are much nearer (docs/log.md)."""
