@@ -534,7 +534,10 @@ def test_the_shapes_of_stable_diffusions_towers():
 
 def test_every_architecture_that_is_taken_can_be_built_and_has_its_stated_shape(open_clip):
     seen = set()
-    for name in open_clip.list_models():
+    published = {
+        name for name in open_clip.list_models() if not name.startswith("tiny")
+    }  # of tests
+    for name in sorted(published):
         text = json.dumps(open_clip.get_model_config(name)["text_cfg"])
         if text in seen:
             continue

@@ -85,7 +85,7 @@ class PerceptualDistance(nn.Module):
             total = total + difference.sum(dim=1).mean(dim=(1, 2))
         return total.unflatten(0, (len(images), -1)).mean(dim=1)
 
-    def maps(self, images: Images) -> list[Tensor]:
+    def maps(self, images: Images) -> Sequence[Tensor]:
         """The feature maps that are compared, of RGB pictures or of triplets of channels one after the other."""
         seen = _triplets(images)
         return self.features((seen - self.get_buffer("shift")) / self.get_buffer("scale"))
