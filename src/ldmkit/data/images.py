@@ -19,6 +19,7 @@ from ldmkit.terminal import say
 
 AUGMENTATION = 1
 """Place in the seed tree of the draws for random crops and flips."""
+ALL = slice(None)
 LOOKED_AT = 8
 """How many pictures are opened to learn about all."""
 
@@ -126,15 +127,17 @@ def say_what_is_clipped(items: list[Item], config: PreprocessingConfig) -> None:
 class _StepBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (index, position) from a step on, without end."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, start: int) -> None:
-        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
+    def __init__(self, count: int, batch_size: int, seed: int, start: int, rows: slice) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.start, self.rows = start, rows
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.start
         while True:
-            yield indices_of_step(
+            whole = indices_of_step(
                 step, count=self.count, batch_size=self.batch_size, seed=self.seed
             )
+            yield whole[self.rows]
             step += 1
 
 
@@ -146,8 +149,9 @@ def training_batches(
     seed: int,
     start: int,
     workers: int,
+    rows: slice = ALL,
 ) -> Iterator[Images]:
-    """Endless batches `[b, c, size, size]`, beginning with that of step `start`.
+    """Endless batches `[b, c, size, size]`, beginning with that of step `start`; of each only `rows`.
 
     NaN marks pixels that do not count (see `gaps`); a random crop may hold no other.
     The sequence does not depend on `workers`, the number of reading processes.
@@ -158,7 +162,7 @@ def training_batches(
     """
     loader = DataLoader(
         TrainingImages(items, config, seed),
-        batch_sampler=_StepBatches(len(items), batch_size, seed, start),
+        batch_sampler=_StepBatches(len(items), batch_size, seed, start, rows),
         num_workers=workers,
         collate_fn=list,
         generator=torch.Generator(),  # else it would draw from the global one
