@@ -1,5 +1,6 @@
 """Preprocessed pictures for training and encoding."""
 
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -141,6 +142,14 @@ class _StepBatches(Sampler[list[tuple[int, int]]]):
             step += 1
 
 
+def _heed_no_signals(worker: int) -> None:
+    """For a reading process: whoever stops a job signals all its processes, and only one knows what to do."""
+    del worker
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def training_batches(
     items: list[Item],
     config: PreprocessingConfig,
@@ -156,6 +165,15 @@ def training_batches(
     NaN marks pixels that do not count (see `gaps`); a random crop may hold no other.
     The sequence does not depend on `workers`, the number of reading processes.
 
+    Args:
+        items: to train on.
+        config: how they are read.
+        batch_size: of the whole batch.
+        seed: of the run.
+        start: step of the first batch.
+        workers: processes that read.
+        rows: of each batch that are wanted here, where several processes share it.
+
     Raises:
         DataError: a picture cannot be used; the message names it.
         StorageError: the disk or the network fails.
@@ -166,6 +184,7 @@ def training_batches(
         num_workers=workers,
         collate_fn=list,
         generator=torch.Generator(),  # else it would draw from the global one
+        worker_init_fn=_heed_no_signals if workers else None,
     )
     for pictures in loader:
         bad = next((picture for picture in pictures if isinstance(picture, LdmkitError)), None)

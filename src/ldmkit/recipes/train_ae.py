@@ -38,7 +38,7 @@ from ldmkit.data.locations import shown
 from ldmkit.data.order import generator_for, indices_of_step, seed_for
 from ldmkit.data.sources import open_source
 from ldmkit.data.survey import usable_items
-from ldmkit.errors import CollapseError, InterruptedRun
+from ldmkit.errors import CollapseError, InterruptedRun, UsageError
 from ldmkit.metrics.reconstruction import psnr
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
@@ -68,7 +68,7 @@ def train_ae(config: TrainAEConfig) -> Path:
 
     Raises:
         DataError: a picture or the data set cannot be used.
-        UsageError: OUT holds a run with other settings.
+        UsageError: OUT holds a run with other settings, or several processes cannot share the work.
         InterruptedRun: a signal asked to stop; the state is saved.
         CollapseError: adversarial training broke down, and again after it was set back.
     """
@@ -109,6 +109,8 @@ def _trained(config: TrainAEConfig, result: Path) -> Path:
     if config.batch_size == "auto":
         config = with_largest_batch(config, autoencoder_trial, training)
     ranks.require_equal_parts(config.samples_per_step, config.accumulate, config.smallest_part)
+    if ranks.size() > 1 and device.type == "cpu" and config.disc.norm == "sync-batch":
+        raise UsageError("--disc.norm sync-batch works on cuda only: take batch, group or act")
     perceptual = build_perceptual(config.loss)
     open_run(config)
     learners = build_learners(config, perceptual, device)

@@ -85,7 +85,8 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
 
     Raises:
         DataError: the latent set is unfinished or damaged, or not of the autoencoder given.
-        UsageError: OUT holds a run with other settings, or the network cannot be compiled.
+        UsageError: OUT holds a run with other settings, the network cannot be compiled, or several
+            processes cannot share the work.
         InterruptedRun: a signal asked to stop; the state is saved.
         NonFiniteError: too many updates in a row had to be left out; the state is saved.
     """

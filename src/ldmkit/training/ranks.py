@@ -9,6 +9,7 @@ The processes agree over gloo on the CPU in every step, and add up tensors where
 one that died is noticed at once by all others, which do not wait for it.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ checking all latents), since one that died is noticed anyway."""
 BUCKET = 1 << 24
 """Numbers that are added up at once, 64 MiB."""
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+_meetings = itertools.count()
 
 
 def size() -> int:
@@ -87,7 +89,13 @@ def _meet(name: str) -> None:
             f"several processes train together on cpu or cuda, not on {device.type}: give --device"
         )
     try:
-        dist.init_process_group(BACKENDS[device.type], timeout=TIMEOUT)
+        found, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # a process may train twice, and would look for the others where they were the first time
+        store = dist.PrefixStore(f"ldmkit-{next(_meetings)}", found)
+        backend = BACKENDS[device.type]
+        dist.init_process_group(
+            backend, store=store, rank=number, world_size=count, timeout=TIMEOUT
+        )
     except (ValueError, RuntimeError) as error:
         raise UsageError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be met ({error}): "
