@@ -143,11 +143,15 @@ def commands() -> list[list[str]]:
     texts = [job["containers"][0]["args"][0] for job in jobs]
     texts += [SKYPILOT["run"], *(path.read_text() for path in SBATCH)]
     found = [
-        re.search(r"\b(train-ae|encode|train-diffusion|decode) .*--.*", line.rstrip(")"))
+        re.search(r"(?<!-)\b(train-ae|encode|train-diffusion|decode) .*--out \S+", line.rstrip(")"))
         for text in texts
         for line in text.splitlines()
     ]
-    return [shlex.split(match[0].split(' --jobs "')[0]) for match in found if match]
+    return [shlex.split(match[0]) for match in found if match]
+
+
+def test_the_commands_are_found():
+    assert len(commands()) == 3 + 3 + 5
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words[:2]))

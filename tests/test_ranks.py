@@ -81,7 +81,7 @@ def assert_same_run(one: Path, other: Path, model: str) -> None:
     """The same losses within 1e-6, the same weights within 1e-5."""
     assert len(lines(one)) == len(lines(other)) > 0
     for a, b in zip(lines(one), lines(other), strict=True):
-        del a["images_per_second"]
+        a.pop("images_per_second", None)
         assert {name: b[name] for name in a} == pytest.approx(a, rel=1e-6, abs=1e-6)
     weights = load_file(other / model)
     for name, value in load_file(one / model).items():
@@ -110,7 +110,8 @@ def done(pipeline, tmp_path_factory) -> Path:
         codebook=CodebookConfig(size=16, ema_decay=0.9, restart_after=1, kmeans_start=True),
     )
     disc = DiscriminatorConfig(start="1", warmup=0, ramp=2, channels=8, layers=1, norm="act")
-    vq = {"autoencoder": quantized, "disc": disc, "ema_decay": 0.9, "workers": 0}
+    # the keys' bias has no gradient but rounding, of which Adam makes whole steps: keep them small
+    vq = {"autoencoder": quantized, "disc": disc, "ema_decay": 0.9, "lr": 1e-4}
 
     def jobs(number: str, parts: int) -> list[dict[str, Any]]:
         return [
@@ -260,14 +261,14 @@ def start(config: Path, argument: Path, *options: str) -> Started:
     address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     arguments = [str(argument), "--config", str(config), *options]
     command = [sys.executable, "-m", "ldmkit", "train-ae", *arguments]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return Started(
         [
             subprocess.Popen(
                 command,
                 env=ENVIRONMENT | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,
-                **pipes,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
             for rank in range(2)
         ]

@@ -172,7 +172,9 @@ def kmeans(vectors: Vectors, size: int, generator: torch.Generator) -> Codes:
     return centres
 
 
-def _some_of_all(vectors: Vectors, wanted: int, generator: torch.Generator) -> Vectors:
+def _some_of_all(
+    vectors: Vectors, wanted: int, generator: torch.Generator
+) -> Float[Tensor, "wanted z"]:
     """Random ones of the vectors of all processes; each adds those that it has to zeros."""
     count = ranks.size() * len(vectors)
     picks = _draw(count, wanted, generator).to(vectors.device)

@@ -283,7 +283,9 @@ def set_back(
     if last_good is None:
         raise collapse
     say(f"{collapse}; going back to step {last_good}, with half the weight of the discriminator")
-    write_setback(config.out, Setback(step=last_good, failed=failed, reason=str(collapse)))
+    if ranks.first():
+        write_setback(config.out, Setback(step=last_good, failed=failed, reason=str(collapse)))
+    ranks.wait_for_all()
 
 
 @torch.no_grad()

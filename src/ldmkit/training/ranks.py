@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import Parameter
 
 from ldmkit.errors import InterruptedRun, LostProcessError, UsageError
@@ -89,9 +91,9 @@ def _meet(name: str) -> None:
             f"several processes train together on cpu or cuda, not on {device.type}: give --device"
         )
     try:
-        found, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        found, number, count = next(rendezvous("env://", timeout=TIMEOUT))
         # a process may train twice, and would look for the others where they were the first time
-        store = dist.PrefixStore(f"ldmkit-{next(_meetings)}", found)
+        store = PrefixStore(f"ldmkit-{next(_meetings)}", found)
         backend = BACKENDS[device.type]
         dist.init_process_group(
             backend, store=store, rank=number, world_size=count, timeout=TIMEOUT

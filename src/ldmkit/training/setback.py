@@ -10,7 +10,6 @@ from pathlib import Path
 from ldmkit.durable import write_text
 from ldmkit.facts import validated
 from ldmkit.fields import Config
-from ldmkit.training import ranks
 
 FILE = "setback.json"
 
@@ -38,7 +37,5 @@ def read_setback(run: Path) -> Setback | None:
 
 
 def write_setback(run: Path, setback: Setback) -> None:
-    """Keep it, in one piece; all processes go on when it is on disk."""
-    if ranks.first():
-        write_text(run / FILE, setback.model_dump_json())
-    ranks.wait_for_all()
+    """Keep it, in one piece."""
+    write_text(run / FILE, setback.model_dump_json())
