@@ -222,8 +222,10 @@ def torchrun_ends(processes: int, stopping: dict[str, Any], file: Path) -> None:
     command = [*TORCHRUN, f"--nproc-per-node={processes}", str(WORKER), str(file)]
     done = subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=280, check=False)
     assert done.returncode == 1
-    assert b"exitcode  : 75" in done.stderr, done.stderr.decode()[-4000:]
-    assert b"Traceback" not in done.stderr.split(b"torch/distributed/run.py")[0]
+    left_with_75 = done.stderr.count(
+        b"exitcode  : 75"
+    )  # though torchrun signals those that are slower
+    assert left_with_75 == processes, done.stderr.decode()[-4000:]
 
 
 @pytest.mark.slow
