@@ -92,5 +92,8 @@ def send(order: list[Any], step: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    codes = [run_job(job) for job in json.loads(Path(sys.argv[1]).read_text())]
-    sys.exit(codes[-1] if len(codes) == 1 else 0)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    for job in jobs:
+        code = run_job(job)
+        if code == 1 or len(jobs) == 1:  # 1: another process is gone
+            sys.exit(code)

@@ -8,16 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import HashStore
 
 from conftest import ae_config, diffusion_config
 from ldmkit.autoencoder_configs import AutoencoderConfig, CodebookConfig, DiscriminatorConfig
 from ldmkit.configfile import to_toml
 from ldmkit.diffusion_configs import UNetConfig
+from ldmkit.training.meeting import fresh_name
 from rank_worker import run_job
 
 WORKER = Path(__file__).with_name("rank_worker.py")
@@ -195,6 +199,20 @@ def test_a_batch_that_cannot_be_divided_is_refused(done, name):
     assert not (done / name / "checkpoints").exists()
 
 
+def test_processes_do_not_take_the_dead_for_the_living():
+    store, wait = HashStore(), timedelta(seconds=20)
+    store.set("ldmkit/came/1", "of one that is dead")
+    names = set()
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda rank: fresh_name(store, rank, 3, wait), range(3)))
+        assert len(set(found)) == 1
+        names |= set(found)
+    assert len(names) == 3
+    with pytest.raises(RuntimeError, match="1 of 2 did not come"):
+        fresh_name(store, 0, 2, timedelta(seconds=0.1))
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_processes(pipeline, tmp_path):
     latents = pipeline.latents
@@ -278,7 +296,10 @@ def start(config: Path, argument: Path, *options: str) -> Started:
 
 
 def wait_for_steps(run: Path, started: Started) -> None:
-    while not (run / "metrics.jsonl").exists() or not lines(run):
+    """Until there are more lines in its log."""
+    log = run / "metrics.jsonl"
+    before = len(log.read_bytes()) if log.exists() else 0
+    while not log.exists() or len(log.read_bytes()) <= before:
         assert all(process.poll() is None for process in started.processes)
         time.sleep(0.1)
 

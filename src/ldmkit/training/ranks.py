@@ -9,7 +9,6 @@ The processes agree over gloo on the CPU in every step, and add up tensors where
 one that died is noticed at once by all others, which do not wait for it.
 """
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,15 +25,17 @@ from torch.nn import Parameter
 from ldmkit.errors import InterruptedRun, LostProcessError, UsageError
 from ldmkit.ownership import owned
 from ldmkit.tensors import Noise
+from ldmkit.training.meeting import fresh_name
 from ldmkit.training.runtime import pick_device
 
 TIMEOUT = timedelta(hours=2)
 """How long all wait for one: longer than what the first one does alone (looking at all pictures,
 checking all latents), since one that died is noticed anyway."""
+PATIENCE = timedelta(minutes=10)
+"""How long the processes wait for each other at the start."""
 BUCKET = 1 << 24
 """Numbers that are added up at once, 64 MiB."""
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-_meetings = itertools.count()
 
 
 def size() -> int:
@@ -91,9 +92,8 @@ def _meet(name: str) -> None:
             f"several processes train together on cpu or cuda, not on {device.type}: give --device"
         )
     try:
-        found, number, count = next(rendezvous("env://", timeout=TIMEOUT))
-        # a process may train twice, and would look for the others where they were the first time
-        store = PrefixStore(f"ldmkit-{next(_meetings)}", found)
+        found, number, count = next(rendezvous("env://", timeout=PATIENCE))
+        store = PrefixStore(fresh_name(found, number, count, PATIENCE), found)
         backend = BACKENDS[device.type]
         dist.init_process_group(
             backend, store=store, rank=number, world_size=count, timeout=TIMEOUT
