@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
-from torch.distributed.distributed_c10d import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from conftest import ae_config, diffusion_config
 from ldmkit.autoencoder_configs import AutoencoderConfig, CodebookConfig, DiscriminatorConfig
