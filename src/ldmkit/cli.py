@@ -160,7 +160,8 @@ def run_command(
                 terminal.say(plan(config))
                 output.write(to_toml(config).encode())
             else:
-                output.write(_call(name, config, output, as_json).encode())
+                text = _call(name, config, output, as_json)
+                output.write(text.encode() if terminal.speaks_for_all() else b"")
             output.flush()
         except BaseException as error:
             if debug:
@@ -269,6 +270,8 @@ def _explain(error: BaseException) -> int:
     if known is None:
         traceback.print_exception(error)
         return LdmkitError.exit_code
+    if known.alike and not terminal.speaks_for_all():
+        return known.exit_code
     word = "" if isinstance(known, InterruptedRun) else "error: "
     terminal.complain(word + " ".join(str(known).split()))
     return known.exit_code

@@ -75,7 +75,7 @@ class TrainAEConfig(TrainingConfig, SourceConfig):
 
     FREE_TO_CHANGE: ClassVar[Sequence[str]] = (
         *TrainingConfig.FREE_TO_CHANGE,
-        *("cache", "cache_size", "look_first"),
+        *("cache", "cache_size", "look_first", "accumulate"),
     )
 
     @property

@@ -1,7 +1,7 @@
 """One step of the second stage: a batch with everything random about it, its losses, its gradients.
 
-All that is random is drawn for the whole batch before it is divided into parts, so that the parts see
-the same samples, noise levels and noise however many they are.
+All that is random is drawn for the whole batch before it is divided among processes and into parts, so
+that the parts see the same samples, noise levels and noise however many they are, wherever they are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from ldmkit.conditioning.kind import Values
 from ldmkit.conditioning.self_conditioning import SHARE, estimating_first
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.data.latent_set import LatentBatch
-from ldmkit.data.order import generator_for
+from ldmkit.data.order import generator_for, seed_for
 from ldmkit.diffusion.noise_draw import LEVELS, draw_sigmas, level_of
 from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.weighting import Uncertainty
@@ -28,6 +28,7 @@ from ldmkit.diffusion_configs import ObjectiveConfig
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.networks.unet import Stage
 from ldmkit.tensors import Latents, Mask, Noise, Scalar, Sigmas
+from ldmkit.training import ranks
 from ldmkit.training.averages import averaged_copy, decay_at, update_average
 from ldmkit.training.guard import NonFiniteGuard, step_if
 from ldmkit.training.optimization import gradient_norm, set_learning_rate
@@ -37,7 +38,7 @@ from ldmkit.training.runlog import Weighted
 from ldmkit.training.runtime import autocast_for, noise_from, on_device
 from ldmkit.training.snapshots import tracked_averages, update_tracked
 
-UNCERTAINTY = 8  # place in the seed tree
+DROPOUT, UNCERTAINTY = 4, 8  # places in the seed tree
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -68,6 +69,8 @@ class Part(NamedTuple):
     bins: Int[Tensor, " batch"]
     """Of the noise levels."""
     noise: Noise
+    seed: int = 0
+    """Of dropout; each part has its own."""
 
 
 def prepare(model: LatentDiffusion, config: TrainDiffusionConfig) -> None:
@@ -106,43 +109,46 @@ def draw_batch(
     generator: torch.Generator,
     config: TrainDiffusionConfig,
 ) -> Part:
-    """Everything random about a batch, in a fixed order.
+    """Everything random about a batch, in a fixed order; of several processes each gets its rows.
 
     Args:
         model: its device, whitening and schedule.
-        batch: as read.
-        values: what its samples are told.
+        batch: this process's rows, as read.
+        values: what the samples of the whole batch are told.
         generator: of the step.
         config: distribution of the noise levels, and the share of samples that are told nothing.
     """
     device = model.latent_mean.device
-    noise = noise_from(generator)
+    noise = ranks.own_noise(noise_from(generator))
     mean, std = batch.mean.to(device).float(), batch.std.to(device).float()
     latents = model.whiten(mean + std * noise(mean))
-    sigma = draw_sigmas(model.schedule, config.objective.draw, len(latents), generator)
-    told = model.received(values)
+    count = ranks.size() * len(latents)
+    rows = ranks.own(count)
+    sigma = draw_sigmas(model.schedule, config.objective.draw, count, generator)[rows]
+    told = model.received({kind: value[rows] for kind, value in values.items()})
     empty = model.empty(told)
     for kind, share in config.dropouts(tuple(told)).items():
-        drop = torch.rand(len(latents), generator=generator) < share
-        told[kind] = replaced(told[kind], empty[kind], drop)
+        drop = torch.rand(count, generator=generator) < share
+        told[kind] = replaced(told[kind], empty[kind], drop[rows])
     if "class" in told and told["class"].shape[1] > 1:  # of several label sets each alone as well
-        alone = torch.rand(told["class"].shape, generator=generator) < config.set_dropout
+        drawn = torch.rand((count, told["class"].shape[1]), generator=generator)
+        alone = drawn[rows] < config.set_dropout
         told["class"] = torch.where(alone.to(device), empty["class"], told["class"])
     bins = level_of(model.schedule, sigma).to(device)
     remembers = torch.zeros(len(latents), dtype=torch.bool)
     if model.config.unet.self_conditioning:
-        remembers = torch.rand(len(latents), generator=generator) < SHARE
+        remembers = (torch.rand(count, generator=generator) < SHARE)[rows]
     return Part(latents, told, sigma.to(device), remembers, bins, noise)
 
 
-def divided(batch: Part, count: int) -> list[Part]:
-    """So many parts of equal size."""
+def divided(batch: Part, count: int, seeds: Sequence[int]) -> list[Part]:
+    """So many parts of equal size, with a seed for each."""
     values = {kind: value.chunk(count) for kind, value in batch.values.items()}
     told = [{kind: chunks[part] for kind, chunks in values.items()} for part in range(count)]
     sources = noise_of_parts(batch.noise, count)
     latents, sigma = batch.latents.chunk(count), batch.sigma.chunk(count)
     remembers, bins = batch.remembers.chunk(count), batch.bins.chunk(count)
-    rows = zip(latents, told, sigma, remembers, bins, sources, strict=True)
+    rows = zip(latents, told, sigma, remembers, bins, sources, seeds, strict=True)
     return [Part(*row) for row in rows]
 
 
@@ -174,6 +180,7 @@ def add_gradients(learner: Learner, parts: Sequence[Part], objective: ObjectiveC
     """
     model, losses = learner.model, []
     for part in parts:
+        torch.manual_seed(part.seed)
         with learner.autocast():
             denoise = model.denoise
             if model.config.unet.self_conditioning:
@@ -229,8 +236,8 @@ def take_step(
         learner: what moves.
         config: of the run.
         step: counted from 0.
-        indices: the batch's samples, to be named where the update is left out.
-        batch: as drawn.
+        indices: the whole batch's samples, to be named where the update is left out.
+        batch: as drawn; this process's rows.
         rate: learning rate of the step.
 
     Returns:
@@ -240,11 +247,15 @@ def take_step(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
         set_learning_rate(optimizer, rate)
-    losses = add_gradients(learner, divided(batch, config.accumulate), config.objective)
+    places = ranks.own_places(config.accumulate)
+    seeds = [seed_for(config.seed, DROPOUT, step, place) for place in places]
+    parts = divided(batch, config.accumulate, seeds)
+    losses = ranks.gathered(add_gradients(learner, parts, config.objective))
+    ranks.average_gradients(parameters_of(optimizers))
     norm = gradient_norm(parameters_of(optimizers), config.clip_norm)
     sound = learner.guard.judge(step, indices, losses, norm)
     for optimizer in optimizers:
         step_if(sound, optimizer)
     update_average(learner.average, learner.model, decay_at(step, config.average))
     update_tracked(learner.tracked, learner.model, step)
-    return measured(losses, norm, sound, batch.bins)
+    return measured(losses, norm, sound, ranks.gathered(batch.bins))

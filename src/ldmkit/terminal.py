@@ -5,6 +5,7 @@ file, a batch job) one plain line each half minute, because a bar redrawn into a
 and a bar that hides is silence.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -45,8 +46,13 @@ def be_quiet(quiet: bool) -> None:
 
 def say(text: str) -> None:
     """Tell the user one line, on standard error."""
-    if not _quiet:
+    if not _quiet and speaks_for_all():
         print(text, file=sys.stderr, flush=True)
+
+
+def speaks_for_all() -> bool:
+    """Whether this is the first, or the only one, of the processes that torchrun started together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def complain(text: str) -> None:
@@ -57,7 +63,7 @@ def complain(text: str) -> None:
 @contextmanager
 def track(title: str, total: int, *, done: int = 0, unit: str = "it") -> Iterator[Track]:
     """Show progress from `done` to `total` units of work while the block runs."""
-    if _quiet:
+    if _quiet or not speaks_for_all():
         yield _Silence()
     elif _in_notebook():
         with _notebook_bar(title, total, done, unit) as bar:

@@ -29,6 +29,8 @@ from ldmkit.diffusion_step import (
     prepare,
     take_step,
 )
+from ldmkit.errors import UsageError
+from ldmkit.training import ranks
 from ldmkit.training.batch_size import batch_sizes, largest_batch
 from ldmkit.training.guard import NonFiniteGuard
 from ldmkit.training.memory import peak_bytes, pretended
@@ -53,9 +55,13 @@ def with_largest_batch(
         samples: to train on; of the commonest shape, where there are several.
 
     Raises:
-        UsageError: memory cannot be measured here.
+        UsageError: memory cannot be measured here, or several processes train together.
         OutOfMemoryError: not even the smallest batch has room.
     """
+    if ranks.size() > 1:
+        raise UsageError(
+            "--batch-size auto finds what one process has room for: give several processes a number"
+        )
     sizes = batch_sizes(config.accumulate, smallest_part(config), samples)
     return with_batch_size(config, largest_batch(trial, config, sizes, pick_device(config.device)))
 
@@ -135,7 +141,8 @@ def planned_diffusion(
             for kind, value in first.items()
         }
         batch = draw_batch(model, read, values, generator_for(config.seed), config)
-        add_gradients(learner, divided(batch, config.accumulate), config.objective)
+        parts = divided(batch, config.accumulate, range(config.accumulate))
+        add_gradients(learner, parts, config.objective)
 
     return averages * weights + moment_bytes(model, config) + peak_bytes(step)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldmkit.autoencoder.posterior import PointPosterior
 from ldmkit.autoencoder_configs import CodebookConfig
 from ldmkit.tensors import Latents, Scalar
+from ldmkit.training import ranks
 
 Codes = Float[Tensor, "size z"]
 Vectors = Float[Tensor, "count z"]
@@ -113,16 +114,19 @@ class CodebookUpkeep(nn.Module):
     def update(self, latents: Latents, generator: torch.Generator) -> dict[str, Scalar]:
         """After a step: move running means, wake idle codes; returns `usage` and `perplexity`.
 
+        Of several processes each gives the latents of its rows, and all count together.
+
         Running means with Laplace smoothing (van den Oord et al. 2017, App. A.1). `usage` is the
         share of codes in this batch, `perplexity` exp of the entropy of their frequencies.
         """
         book = self._codebook[0]
         config, codes = book.config, book.codes
         vectors, indices = as_vectors(latents), book.nearest(latents).flatten()
-        used = torch.bincount(indices, minlength=len(codes)).float()
+        used = ranks.sum_over_ranks(torch.bincount(indices, minlength=len(codes)).float())
         counts, sums, idle = (self.get_buffer(name) for name in ("counts", "sums", "idle"))
         if config.ema_decay:
-            total = torch.zeros_like(sums).index_add_(0, indices, vectors)
+            own = torch.zeros_like(sums).index_add_(0, indices, vectors)
+            total = ranks.sum_over_ranks(own)
             counts.lerp_(used, 1.0 - config.ema_decay)
             sums.lerp_(total, 1.0 - config.ema_decay)
             smoothed = (counts + 1e-5) / (counts.sum() + len(codes) * 1e-5) * counts.sum()
@@ -130,7 +134,7 @@ class CodebookUpkeep(nn.Module):
         idle.add_(1).masked_fill_(used > 0, 0)
         if config.restart_after:
             dead = (idle >= config.restart_after).nonzero().flatten()
-            chosen = vectors[_draw(len(vectors), len(dead), generator).to(vectors.device)]
+            chosen = _some_of_all(vectors, len(dead), generator)
             codes[dead], sums[dead], counts[dead], idle[dead] = chosen, chosen, 1.0, 0
         return {"usage": (used > 0).float().mean(), "perplexity": perplexity(used)}
 
@@ -166,6 +170,19 @@ def kmeans(vectors: Vectors, size: int, generator: torch.Generator) -> Codes:
         sums = torch.zeros_like(centres).index_add_(0, owners, vectors)
         centres = torch.where(counts > 0, sums / counts.clamp_min(1.0), centres)
     return centres
+
+
+def _some_of_all(
+    vectors: Vectors, wanted: int, generator: torch.Generator
+) -> Float[Tensor, "wanted z"]:
+    """Random ones of the vectors of all processes; each adds those that it has to zeros."""
+    count = ranks.size() * len(vectors)
+    picks = _draw(count, wanted, generator).to(vectors.device)
+    places = torch.arange(count, device=vectors.device)[ranks.own(count)]
+    own = torch.isin(picks, places)
+    chosen = vectors.new_zeros(wanted, vectors.shape[1])
+    chosen[own] = vectors[picks[own] - places[0]]
+    return ranks.sum_over_ranks(chosen)
 
 
 def _draw(count: int, wanted: int, generator: torch.Generator) -> Int[Tensor, " wanted"]:

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from ldmkit.autoencoder_configs import DiscriminatorConfig
 from ldmkit.networks.blocks import Norm
 from ldmkit.tensors import Images, Scalar
+from ldmkit.training import ranks
 
 Logits = Float[Tensor, "batch 1 y x"]
 GROUPS = 32
@@ -36,7 +37,9 @@ class ActNorm(nn.Module):
         ready = self.get_buffer("ready")
         if self.training and not ready:
             with torch.no_grad():
-                mean, std = x.float().mean((0, 2, 3)), x.float().std((0, 2, 3))
+                # of several processes the first one's part counts, as the first of several parts does
+                mean = ranks.from_first(x.float().mean((0, 2, 3)))
+                std = ranks.from_first(x.float().std((0, 2, 3)))
                 self.shift.copy_(-mean.view_as(self.shift))
                 self.scale.copy_(1.0 / (std.view_as(self.scale) + 1e-6))
                 ready.fill_(True)

@@ -31,14 +31,16 @@ from ldmkit.autoencoder.loss import (
 from ldmkit.autoencoder.perceptual import PerceptualDistance
 from ldmkit.autoencoder.posterior import Posterior
 from ldmkit.configs import TrainAEConfig
-from ldmkit.data.order import generator_for
+from ldmkit.data.order import generator_for, seed_for
 from ldmkit.data.preprocessing import AnySize, resize
 from ldmkit.tensors import Images, Latents, Noise
+from ldmkit.training import ranks
 from ldmkit.training.averages import averaged_copy, update_average, warmed_decay
 from ldmkit.training.optimization import clip_gradients
+from ldmkit.training.optimizers import parameters_of
 from ldmkit.training.runtime import autocast_for, on_device
 
-CODES, RESOLUTION = 5, 6  # places in the seed tree
+DROPOUT, CODES, RESOLUTION = 4, 5, 6  # places in the seed tree
 LARGEST_FIRST = 10
 """Steps at the largest resolution, so that a lack of memory shows at once."""
 
@@ -83,6 +85,8 @@ class Part(NamedTuple):
     """Pixels that count; all if None."""
     noise: Latents
     """What the posterior is drawn with."""
+    seed: int = 0
+    """Of dropout; each part has its own."""
 
 
 class Shown(NamedTuple):
@@ -124,23 +128,31 @@ def learners_of(
 
 
 def batch_of(images: Images, valid: Valid | None, model: Autoencoder, noise: Noise) -> Part:
-    """A whole batch with the noise for its latents, which is the same however it is divided."""
+    """A batch with the noise for its latents, which is the same however it is divided.
+
+    Args:
+        images: this process's rows of the batch.
+        valid: pixels of them that count.
+        model: whose latents.
+        noise: of the whole batch.
+    """
     factor = model.config.factor
     size = (images.shape[2] // factor, images.shape[3] // factor)
-    drawn = noise(images.new_empty(len(images), model.latent_channels, *size))
+    drawn = ranks.own_noise(noise)(images.new_empty(len(images), model.latent_channels, *size))
     return Part(images, valid, drawn)
 
 
-def divided(batch: Part, count: int) -> list[Part]:
-    """So many parts of equal size."""
+def divided(batch: Part, count: int, seeds: Sequence[int]) -> list[Part]:
+    """So many parts of equal size, with a seed for each."""
     masks = [None] * count if batch.valid is None else batch.valid.chunk(count)
-    parts = zip(batch.images.chunk(count), masks, batch.noise.chunk(count), strict=True)
+    parts = zip(batch.images.chunk(count), masks, batch.noise.chunk(count), seeds, strict=True)
     return [Part(*part) for part in parts]
 
 
 def reconstruct(learners: Learners, part: Part) -> tuple[Images, Posterior]:
     """A part's reconstructions, with the pictures' own values where pixels do not count."""
     model = learners.model
+    torch.manual_seed(part.seed)
     with learners.autocast():
         posterior = model.encode(part.images)
         reconstructions = model.decode(posterior.sample(lambda mean: part.noise.to(mean.dtype)))
@@ -151,7 +163,9 @@ def take_step(
     learners: Learners, config: TrainAEConfig, batch: Part, step: int, phase: Phase
 ) -> dict[str, Tensor]:
     """One step of whichever side learns in this phase; returns what it adds to the log."""
-    parts = divided(batch, config.accumulate)
+    places = ranks.own_places(config.accumulate)
+    seeds = [seed_for(config.seed, DROPOUT, step, place) for place in places]
+    parts = divided(batch, config.accumulate, seeds)
     scalars: dict[str, Tensor] = {}
     if phase.autoencoder_learns:
         shown, terms = update_autoencoder(learners, config, parts, phase.weight)
@@ -187,7 +201,7 @@ def update_autoencoder(
         weight: of the adversarial loss; at 0 the discriminator is not even asked.
 
     Returns:
-        What it made of each part, and the terms of its loss, means over the parts.
+        What it made of each part, and the terms of its loss, means over the parts of all processes.
     """
     learners.discriminator.requires_grad_(False)
     adversary = None
@@ -206,9 +220,11 @@ def update_autoencoder(
         (loss.total / len(parts)).backward()
         shown.append(Shown(part.images, reconstructions.detach(), posterior.mean.detach()))
         terms.append([term.detach() for term in loss])
+    ranks.average_gradients(parameters_of([learners.optimizer]))
     clip_gradients(learners.optimizer, config.clip_norm)
     learners.optimizer.step()
-    return shown, GeneratorLoss(*(torch.stack(term).mean() for term in zip(*terms, strict=True)))
+    means = [torch.stack(term).mean() for term in zip(*terms, strict=True)]
+    return shown, GeneratorLoss(*ranks.mean_over_ranks(means))
 
 
 @torch.no_grad()
@@ -233,7 +249,7 @@ def update_discriminator(
         penalize: add the gradient penalty, for all the steps until it is added again.
 
     Returns:
-        Its loss, accuracy and mean logits.
+        Its loss, accuracy and mean logits, means over the parts of all processes.
     """
     discriminator = learners.discriminator.requires_grad_(True)
     learners.disc_optimizer.zero_grad(set_to_none=True)
@@ -250,9 +266,11 @@ def update_discriminator(
         (loss / len(shown)).backward()
         for name, value in numbers.items():
             scalars.setdefault(name, []).append(value.detach())
+    ranks.average_gradients(parameters_of([learners.disc_optimizer]))
     clip_gradients(learners.disc_optimizer, config.clip_norm)
     learners.disc_optimizer.step()
-    return {name: torch.stack(values).mean() for name, values in scalars.items()}
+    means = [torch.stack(values).mean() for values in scalars.values()]
+    return dict(zip(scalars, ranks.mean_over_ranks(means), strict=True))
 
 
 def at_resolution(images: AnySize, config: TrainAEConfig, step: int) -> AnySize:

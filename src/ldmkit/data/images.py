@@ -1,5 +1,6 @@
 """Preprocessed pictures for training and encoding."""
 
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from ldmkit.terminal import say
 
 AUGMENTATION = 1
 """Place in the seed tree of the draws for random crops and flips."""
+ALL = slice(None)
 LOOKED_AT = 8
 """How many pictures are opened to learn about all."""
 
@@ -126,16 +128,26 @@ def say_what_is_clipped(items: list[Item], config: PreprocessingConfig) -> None:
 class _StepBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (index, position) from a step on, without end."""
 
-    def __init__(self, count: int, batch_size: int, seed: int, start: int) -> None:
-        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
+    def __init__(self, count: int, batch_size: int, seed: int, start: int, rows: slice) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.start, self.rows = start, rows
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.start
         while True:
-            yield indices_of_step(
+            whole = indices_of_step(
                 step, count=self.count, batch_size=self.batch_size, seed=self.seed
             )
+            yield whole[self.rows]
             step += 1
+
+
+def _heed_no_signals(worker: int) -> None:
+    """For a reading process: whoever stops a job signals all its processes, and only one knows what to do."""
+    del worker
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def training_batches(
@@ -146,11 +158,21 @@ def training_batches(
     seed: int,
     start: int,
     workers: int,
+    rows: slice = ALL,
 ) -> Iterator[Images]:
-    """Endless batches `[b, c, size, size]`, beginning with that of step `start`.
+    """Endless batches `[b, c, size, size]`, beginning with that of step `start`; of each only `rows`.
 
     NaN marks pixels that do not count (see `gaps`); a random crop may hold no other.
     The sequence does not depend on `workers`, the number of reading processes.
+
+    Args:
+        items: to train on.
+        config: how they are read.
+        batch_size: of the whole batch.
+        seed: of the run.
+        start: step of the first batch.
+        workers: processes that read.
+        rows: of each batch that are wanted here, where several processes share it.
 
     Raises:
         DataError: a picture cannot be used; the message names it.
@@ -158,10 +180,11 @@ def training_batches(
     """
     loader = DataLoader(
         TrainingImages(items, config, seed),
-        batch_sampler=_StepBatches(len(items), batch_size, seed, start),
+        batch_sampler=_StepBatches(len(items), batch_size, seed, start, rows),
         num_workers=workers,
         collate_fn=list,
         generator=torch.Generator(),  # else it would draw from the global one
+        worker_init_fn=_heed_no_signals if workers else None,
     )
     for pictures in loader:
         bad = next((picture for picture in pictures if isinstance(picture, LdmkitError)), None)

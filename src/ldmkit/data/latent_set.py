@@ -51,13 +51,14 @@ class LatentSet:
 
     Args:
         directory: of the set.
+        verify: check the digests; where several processes read one set, one does.
 
     Raises:
         DataError: the set is unfinished, or a shard is missing, of another size or not what the
             manifest says.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, verify: bool = True) -> None:
         self.directory, self.manifest = directory, read_manifest(directory)
         entries = self.manifest.shards
         self._starts = np.cumsum([0, *(entry.count for entry in entries)])
@@ -70,7 +71,7 @@ class LatentSet:
         self.labels = np.concatenate([shard.array("label", np.int64) for shard in self._shards])
         self.labels_of_sets = self._read_label_sets()
         self._require_known_labels(directory)
-        self._verification = _Verification(directory, entries)
+        self._verification = _Verification(directory, entries if verify else [])
         weakref.finalize(self, self._verification.stop)
 
     def __len__(self) -> int:

@@ -38,11 +38,11 @@ from ldmkit.data.locations import shown
 from ldmkit.data.order import generator_for, indices_of_step, seed_for
 from ldmkit.data.sources import open_source
 from ldmkit.data.survey import usable_items
-from ldmkit.errors import CollapseError, InterruptedRun
+from ldmkit.errors import CollapseError, InterruptedRun, UsageError
 from ldmkit.metrics.reconstruction import psnr
-from ldmkit.ownership import owned
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
+from ldmkit.training import ranks
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.optimization import learning_rate, set_learning_rate
 from ldmkit.training.optimizers import parameters_of
@@ -52,7 +52,7 @@ from ldmkit.training.runtime import noise_from, pick_device
 from ldmkit.training.setback import Setback, read_setback, write_setback
 from ldmkit.trials import autoencoder_trial, with_largest_batch
 
-WEIGHTS, NOISE, GLOBAL = 2, 3, 4  # places in the seed tree; 5 and 6 are CODES and RESOLUTION
+WEIGHTS, NOISE = 2, 3  # places in the seed tree; 4, 5 and 6 are DROPOUT, CODES and RESOLUTION
 PREVIEWS = 8
 CHECK_EVERY = 25
 """Steps between looks at the watch, each of which waits for the device."""
@@ -68,37 +68,39 @@ def train_ae(config: TrainAEConfig) -> Path:
 
     Raises:
         DataError: a picture or the data set cannot be used.
-        UsageError: OUT holds a run with other settings.
+        UsageError: OUT holds a run with other settings, or several processes cannot share the work.
         InterruptedRun: a signal asked to stop; the state is saved.
         CollapseError: adversarial training broke down, and again after it was set back.
     """
     result = config.out / "autoencoder.safetensors"
     if finished(as_begun(config), result):
         return result
-    with owned(config.out):
+    with ranks.joined(config.device, config.out):
         return _trained(as_begun(config), result)
 
 
 def _trained(config: TrainAEConfig, result: Path) -> Path:
-    """The run in a directory that no other process writes to."""
+    """The run in a directory that no other process writes to, but for those of the run itself."""
     if finished(config, result):  # by who had the directory before
         return result
     if config.autoencoder.bottleneck == "identity":
         open_run(config)
         model = build_autoencoder(config.autoencoder, config.preprocessing)
-        save_autoencoder(result, model, config.preprocessing, {"pictures": 0, "steps": 0})
+        if ranks.first():
+            save_autoencoder(result, model, config.preprocessing, {"pictures": 0, "steps": 0})
         return result
     device = pick_device(config.device)
     items = open_source(config, max_bad=config.max_bad).items
     if config.look_first:
         require_same_run(config)
-        items = usable_items(
-            items,
-            config.preprocessing,
-            config.out,
-            max_bad=config.max_bad,
-            workers=config.workers,
-        )
+        with ranks.first_before_others():
+            items = usable_items(
+                items,
+                config.preprocessing,
+                config.out,
+                max_bad=config.max_bad,
+                workers=config.workers,
+            )
     data = split(items, config.holdout)
     training, held_back = (len(items) for items in data)
     say(f"{training} pictures to train on, {held_back} held back, from {shown(config.data)}")
@@ -106,6 +108,9 @@ def _trained(config: TrainAEConfig, result: Path) -> Path:
     depth = depth_of(data.training, config.preprocessing)
     if config.batch_size == "auto":
         config = with_largest_batch(config, autoencoder_trial, training)
+    ranks.require_equal_parts(config.samples_per_step, config.accumulate, config.smallest_part)
+    if ranks.size() > 1 and device.type == "cpu" and config.disc.norm == "sync-batch":
+        raise UsageError("--disc.norm sync-batch works on cuda only: take batch, group or act")
     perceptual = build_perceptual(config.loss)
     open_run(config)
     learners = build_learners(config, perceptual, device)
@@ -116,14 +121,17 @@ def _trained(config: TrainAEConfig, result: Path) -> Path:
     while True:
         setback = read_setback(config.out)
         start = state.load_latest(device)
-        if start == 0:
+        if start == 0 and ranks.first():
             begin(config, learners, data.training)
+        ranks.share(learners.modules.values())
         try:
             quality = train(config, learners, state, data, start, setback)
             break
         except CollapseError as collapse:
             set_back(config, state, setback, collapse)
 
+    if not ranks.first():
+        return result
     trained = {
         "pictures": training,
         "steps": config.steps,
@@ -173,6 +181,7 @@ def train(
         seed=config.seed,
         start=start,
         workers=config.workers,
+        rows=ranks.own(config.samples_per_step),
     )
     means: dict[str, float] = {}
     with (
@@ -188,7 +197,7 @@ def train(
                 learners.watch.raise_if_collapsed(step)
             if logging:
                 means = log.write_means(step, config.samples_per_step) or means
-            if due(step, config.sample_every, config.steps) and step > start:
+            if ranks.first() and due(step, config.sample_every, config.steps) and step > start:
                 pictures = fill_gaps(read_images(previews, config.preprocessing)).images
                 sheet = grid(compare(learners.result, pictures.to(device)), PREVIEWS)
                 log.picture(step, "reconstructions", sheet)
@@ -202,7 +211,6 @@ def train(
                 raise InterruptedRun(f"stopped and saved before step {step}; run again to go on")
 
             stop.expect_a_step()
-            torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
             rate = learning_rate(config.lr, step, config)
             set_learning_rate(learners.optimizer, rate)
             set_learning_rate(learners.disc_optimizer, rate)
@@ -214,9 +222,8 @@ def train(
             batch = batch_of(images.to(device), valid, learners.model, noise)
             log.add(take_step(learners, config, batch, step, phase._replace(weight=weight)))
             progress.advance(note=f"pixel {means['pixel']:.4f}" if "pixel" in means else "")
-    quality = evaluate(
-        learners.result, data.held_back, config.preprocessing, config.samples_per_step
-    )
+    measured = data.held_back if ranks.first() else []
+    quality = evaluate(learners.result, measured, config.preprocessing, config.samples_per_step)
     if quality:
         log.write(config.steps, quality)
         say("held back: " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items()))
@@ -276,7 +283,9 @@ def set_back(
     if last_good is None:
         raise collapse
     say(f"{collapse}; going back to step {last_good}, with half the weight of the discriminator")
-    write_setback(config.out, Setback(step=last_good, failed=failed, reason=str(collapse)))
+    if ranks.first():
+        write_setback(config.out, Setback(step=last_good, failed=failed, reason=str(collapse)))
+    ranks.wait_for_all()
 
 
 @torch.no_grad()

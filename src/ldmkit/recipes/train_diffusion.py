@@ -40,9 +40,9 @@ from ldmkit.facts import DiffusionFacts
 from ldmkit.held_back import VALIDATED, VALUES, HeldBack, as_sentence, held_back_latents, validate
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import versions
-from ldmkit.ownership import owned
 from ldmkit.pixels import grid, to_pixels
 from ldmkit.terminal import say, track
+from ldmkit.training import ranks
 from ldmkit.training.checkpoint import TrainingState
 from ldmkit.training.guard import PATIENCE, NonFiniteGuard
 from ldmkit.training.optimization import learning_rate, lr_decay
@@ -57,7 +57,7 @@ from ldmkit.training.snapshots import (
 )
 from ldmkit.trials import diffusion_trial, with_largest_batch
 
-WEIGHTS, NOISE, GLOBAL, PREVIEW = 2, 3, 4, 5  # places in the seed tree; 8 is UNCERTAINTY
+WEIGHTS, NOISE, PREVIEW = 2, 3, 5  # places in the seed tree; 4 is DROPOUT, 8 UNCERTAINTY
 PREVIEWS, COLUMNS = 16, 8
 NAMED = 8
 """Samples whose keys are told when an update is left out."""
@@ -86,24 +86,25 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
 
     Raises:
         DataError: the latent set is unfinished or damaged, or not of the autoencoder given.
-        UsageError: OUT holds a run with other settings, or the network cannot be compiled.
+        UsageError: OUT holds a run with other settings, the network cannot be compiled, or several
+            processes cannot share the work.
         InterruptedRun: a signal asked to stop; the state is saved.
         NonFiniteError: too many updates in a row had to be left out; the state is saved.
     """
     result = config.out / "diffusion.safetensors"
     if finished(as_begun(config), result):
         return result
-    with owned(config.out):
+    with ranks.joined(config.device, config.out):
         return _trained(as_begun(config), result, stream)
 
 
 def _trained(config: TrainDiffusionConfig, result: Path, stream: BufferedIOBase | None) -> Path:
-    """The run in a directory that no other process writes to."""
+    """The run in a directory that no other process writes to, but for those of the run itself."""
     if finished(config, result):  # by who had the directory before
         return result
     device = pick_device(config.device)
     latents_at = latents_of(config, stream)
-    latents = LatentSet(latents_at)
+    latents = LatentSet(latents_at, verify=ranks.first())
     manifest = latents.manifest
     buckets = training_buckets(latents, config.holdout)
     training = np.concatenate(buckets)
@@ -115,22 +116,26 @@ def _trained(config: TrainDiffusionConfig, result: Path, stream: BufferedIOBase 
     if config.batch_size == "auto":
         trial = partial(diffusion_trial, latents_at)
         config = with_largest_batch(config, trial, max(map(len, buckets)))
+    ranks.require_equal_parts(config.samples_per_step, config.accumulate)
     if config.scale_lr:
         say(f"learning rate {config.peak_lr:g} = {config.lr:g} x {config.samples_per_step} samples")
-    held_back = held_back_latents(config, latents, training)
-    autoencoder = None
-    if config.ae is not None:
+    held_back, autoencoder = None, None
+    if ranks.first():  # previews and the validation loss are its work
+        held_back = held_back_latents(config, latents, training)
+    if config.ae is not None and ranks.first():
         require_same_autoencoder(manifest.recipe["autoencoder"], config.ae, str(config.latents))
         autoencoder = load_autoencoder(config.ae, device)
     open_run(config)
 
     model = fresh_model(config, model_config, latents)
     learner = learner_of(model.to(device), config)
+    ranks.share([learner.model, learner.average])
     data = Data(latents, buckets, readers, held_back)
     quality = train(config, learner, data, autoencoder)
 
-    facts = facts_after(config.steps, config, learner, data, quality)
-    save_diffusion(result, learner.average, facts)
+    if ranks.first():
+        facts = facts_after(config.steps, config, learner, data, quality)
+        save_diffusion(result, learner.average, facts)
     return result
 
 
@@ -205,7 +210,8 @@ def train(
                 quality = validate(data.held_back, average, autocast, config.objective)
                 log.write(step, quality)
                 say(f"step {step}: {as_sentence(quality)}")
-            if tracked and step > 0 and due(step, config.average.snapshots, config.steps):
+            keeping = tracked and ranks.first() and step > 0
+            if keeping and due(step, config.average.snapshots, config.steps):
                 data.latents.wait_until_verified()
                 facts = facts_after(step, config, learner, data, {})
                 save_snapshot(config.out, step, tracked, model.config, facts, config.average)
@@ -222,12 +228,11 @@ def train(
                 raise InterruptedRun(f"stopped and saved before step {step}; run again to go on")
 
             stop.expect_a_step()
-            torch.manual_seed(seed_for(config.seed, GLOBAL, step))  # for dropout
             indices = samples_of_step(
                 step, data.buckets, batch_size=config.samples_per_step, seed=config.seed
             )
             generator = generator_for(config.seed, NOISE, step)
-            read = data.latents.read(indices)
+            read = data.latents.read(indices[ranks.own(len(indices))])
             values = values_of(data.readers, indices, generator_for(config.seed, VALUES, step))
             batch = draw_batch(model, read, values, generator, config)
             rate = learning_rate(config.peak_lr, step, config) * lr_decay(step, config)
@@ -271,12 +276,17 @@ def latents_of(config: TrainDiffusionConfig, stream: BufferedIOBase | None) -> P
     """The directory of the latents to train on.
 
     Raises:
-        UsageError: they are to come through a pipe, and there is none; or OUT holds another run.
+        UsageError: they are to come through a pipe, and there is none, or several processes would read
+            it; or OUT holds another run.
     """
     if config.latents != STREAM:
         return config.latents
     if stream is None:
         raise UsageError("latents is `-`, and no stream was given to read from")
+    if ranks.size() > 1:
+        raise UsageError(
+            "several processes cannot read one pipe: let `encode` write a directory first"
+        )
     open_run(config)
     return receive_latents(stream, config.out / "latents")
 

@@ -3,7 +3,8 @@
 `RUN/checkpoints/step-000012000/state.safetensors` holds weights, averages and optimizer moments of
 the moment before step 12000, by name. Randomness and the order of data need no state: they are
 functions of (seed, step). A checkpoint is renamed into place when it is whole, and carries the
-fingerprint of its tensors.
+fingerprint of its tensors. Of several processes the first one writes and all read, so that a checkpoint says
+nothing of how many there were.
 """
 
 import re
@@ -20,8 +21,10 @@ from ldmkit.durable import atomic_directory, require_room, sweep_temporaries
 from ldmkit.errors import DataError, NonFiniteError
 from ldmkit.modelfile import load, require_tensors, save
 from ldmkit.terminal import say
+from ldmkit.training import ranks
 
 KEEP = 2
+STATE = "state.safetensors"
 
 
 class TrainingState:
@@ -66,13 +69,13 @@ class TrainingState:
         )
 
     def save(self, step: int) -> None:
-        """Commit the state before `step`, then drop all but the newest checkpoints.
+        """Commit the state before `step`, then drop all but the newest checkpoints; the first process's work.
 
         Raises:
             NonFiniteError: a weight or moment is not a finite number; nothing is saved or dropped.
             StorageError: it cannot be written; the former checkpoints stay.
         """
-        if step == self.saved_step:
+        if step == self.saved_step or not ranks.first():
             return
         target = self.directory / f"step-{step:09d}"
         tensors = self._tensors()
@@ -81,7 +84,7 @@ class TrainingState:
             shutil.rmtree(target)
         with atomic_directory(target) as temporary:
             save(
-                temporary / "state.safetensors",
+                temporary / STATE,
                 tensors,
                 kind="checkpoint",
                 config={},
@@ -95,26 +98,40 @@ class TrainingState:
     def load_latest(self, device: torch.device) -> int:
         """Restore the newest whole checkpoint; returns the step to go on with, 0 for a new run.
 
+        Of several processes all restore the one that the first could read.
+
         Raises:
             DataError: there are checkpoints, but none can be read: never start over silently.
         """
+        step = self._load_newest(device) if ranks.first() else 0
+        step = int(ranks.from_first(torch.tensor(step)))
+        if step and not ranks.first():
+            path = self.directory / f"step-{step:09d}"
+            self._restore(load(path / STATE, kind="checkpoint")[1], str(path), device)
+        self.saved_step = step or None
+        return step
+
+    def _load_newest(self, device: torch.device) -> int:
         sweep_temporaries(self.directory)
         found = saved_checkpoints(self.directory)
         for path in reversed(found):
             try:
-                header, tensors = load(path / "state.safetensors", kind="checkpoint")
+                header, tensors = load(path / STATE, kind="checkpoint")
             except DataError as error:
                 say(f"skipping a checkpoint: {error}")
                 continue
-            self._restore({name: tensor.to(device) for name, tensor in tensors.items()}, str(path))
-            self.saved_step = int(header.facts["step"])
-            return self.saved_step
+            self._restore(tensors, str(path), device)
+            return int(header.facts["step"])
         if found:
             raise DataError(f"none of the {len(found)} checkpoints in {self.directory} can be read")
         return 0
 
     def drop_after(self, step: int) -> int | None:
         """Remove all checkpoints of later steps; returns the newest step that is left."""
+        with ranks.first_before_others():
+            return self._drop_after(step)
+
+    def _drop_after(self, step: int) -> int | None:
         found = saved_checkpoints(self.directory)
         for path in reversed(found):
             if step_of(path) > step:
@@ -133,7 +150,8 @@ class TrainingState:
                 }
         return tensors
 
-    def _restore(self, tensors: dict[str, Tensor], source: str) -> None:
+    def _restore(self, tensors: dict[str, Tensor], source: str, device: torch.device) -> None:
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         moments = {
             name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")
         }

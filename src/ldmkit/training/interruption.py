@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from ldmkit.errors import InterruptedRun
 from ldmkit.terminal import BEGAN, say
+from ldmkit.training import ranks
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM) + (
     (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
@@ -23,8 +25,10 @@ LOOK_SECONDS = 1.0
 class Interruption:
     """While this context is open, the loop learns once a step whether to save, or to save and stop.
 
-    `requested` is whether it is to stop, as of now; `stopping` and `saving` hold for a step. SIGINT, SIGTERM, SIGUSR1 and the time limit ask to stop; a second Ctrl-C leaves at once. A file
-    SAVE_NOW in the run directory asks for a checkpoint.
+    `requested` is whether this process is to stop, as of now; `stopping` and `saving` hold for a step. SIGINT,
+    SIGTERM, SIGUSR1 and the time limit ask to stop; a second Ctrl-C leaves at once. A file SAVE_NOW in the
+    run directory asks for a checkpoint. Of several processes one is enough that is asked: all settle it
+    together.
 
     Args:
         run: the run directory, where there is one to look for SAVE_NOW in.
@@ -53,10 +57,13 @@ class Interruption:
                 self._former[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
+        # torchrun signals the others when the first one leaves: they are on their way out already
+        leaving = ranks.size() > 1 and kind is InterruptedRun
         for number, handler in self._former.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+            restored = signal.SIG_IGN if leaving else handler
+            signal.signal(number, restored)  # pyright: ignore[reportArgumentType]
 
     def look(self) -> None:
         """Called once before each step: settles `stopping` and `saving` until the next call."""
@@ -70,19 +77,25 @@ class Interruption:
             self.requested = now - BEGAN + MARGIN * self._longest >= limit
             if self.requested:
                 say(f"stopping: --time-limit is {limit:g} s, and {now - BEGAN:.0f} s are gone")
-        self.stopping = self.requested
-        self.saving = self.stopping or self._asked_to_save(now)
+        asked = ranks.first() and self._asked_to_save(now)
+        self.stopping, saving = ranks.any_rank(self.requested, asked)
+        self.saving = self.stopping or saving
 
     def expect_a_step(self) -> None:
-        """From now to the next look, being stuck ends the process and prints where every thread is."""
+        """From now to the next look, being stuck ends the process and prints where every thread is.
+
+        The clock starts when all processes are here: the first one may have written or measured.
+        """
+        ranks.wait_for_all()
         if self.stall_timeout is not None and sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(
                 self.stall_timeout, exit=True, file=sys.__stderr__.fileno()
             )
 
     def saved(self) -> None:
-        """A checkpoint is on disk: the file that asked for it goes."""
-        if self.saving and self.file is not None:
+        """A checkpoint is on disk: the file that asked for it goes. All processes wait for that."""
+        ranks.wait_for_all()
+        if self.saving and self.file is not None and ranks.first():
             self.file.unlink(missing_ok=True)
 
     def _asked_to_save(self, now: float) -> bool:

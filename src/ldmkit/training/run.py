@@ -12,6 +12,7 @@ from ldmkit.durable import sweep_temporaries, write_text
 from ldmkit.errors import UsageError
 from ldmkit.fields import seconds
 from ldmkit.terminal import say
+from ldmkit.training import ranks
 from ldmkit.training.interruption import Interruption
 
 CONFIG_FILE = "config.toml"
@@ -22,10 +23,14 @@ AnyTraining = TypeVar("AnyTraining", bound=TrainingConfig)
 def open_run(config: TrainingConfig) -> None:
     """Make the run directory and keep the config in it, or check that it is the same run.
 
+    Of several processes that is the first one's work.
+
     Raises:
         UsageError: the directory holds a run with other settings; the message names the first.
         DataError: the config that the directory keeps is damaged.
     """
+    if not ranks.first():
+        return
     config.out.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(config.out)
     require_same_run(config)

@@ -16,6 +16,7 @@ from ldmkit.errors import NonFiniteError, UsageError
 from ldmkit.pixels import Sheet, save_png
 from ldmkit.seals import line_state, lines_of, sealed_line
 from ldmkit.terminal import say
+from ldmkit.training import ranks
 
 
 class Weighted(NamedTuple):
@@ -33,6 +34,7 @@ class RunLog:
     """Averages scalars between log lines and appends them to `RUN/metrics.jsonl`.
 
     Lines that a resumed run will write again are cut off first, so that each step stands there once.
+    Of several processes the first one writes.
 
     Args:
         run: the run directory.
@@ -43,11 +45,17 @@ class RunLog:
     def __init__(self, run: Path, start: int, *, tensorboard: bool) -> None:
         self.run = run
         self.file = run / "metrics.jsonl"
-        self._cut(start)
+        self._writes = ranks.first()
+        if self._writes:
+            self._cut(start)
         self._sums: dict[str, tuple[Tensor, int]] = {}  # total, and how many steps had it
         self._weighted: dict[str, Weighted] = {}
         self._count, self._since = 0, time.monotonic()
-        self._events = _tensorboard_writer(run / "tensorboard", start) if tensorboard else None
+        self._events = (
+            _tensorboard_writer(run / "tensorboard", start)
+            if tensorboard and self._writes
+            else None
+        )
 
     def add(self, scalars: Mapping[str, Tensor | Weighted]) -> None:
         """Add one step's scalars; they stay on their device until a line is due.
@@ -97,6 +105,8 @@ class RunLog:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append one line."""
+        if not self._writes:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(sealed_line(json.dumps({"step": step, **scalars})) + "\n")
         for name, value in scalars.items():
@@ -114,7 +124,7 @@ class RunLog:
 
     def flush(self) -> None:
         """Have all lines on disk (called beside each checkpoint)."""
-        if self.file.exists():
+        if self._writes and self.file.exists():
             with self.file.open("a") as file:
                 os.fsync(file.fileno())
 

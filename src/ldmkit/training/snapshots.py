@@ -21,6 +21,7 @@ from ldmkit.errors import DataError, NonFiniteError, UsageError
 from ldmkit.facts import DiffusionFacts, SnapshotFacts, validated
 from ldmkit.modelfile import load, require_kind, save
 from ldmkit.terminal import say
+from ldmkit.training import ranks
 from ldmkit.training.averages import (
     Profile,
     Reconstruction,
@@ -77,7 +78,12 @@ def snapshot_steps(run: Path) -> list[int]:
 
 
 def drop_snapshots_after(run: Path, step: int) -> None:
-    """Remove the snapshots of steps that are to be done again, and what a killed process left."""
+    """Remove the snapshots of steps that are to be done again, and what a killed process left.
+
+    Of several processes that is the first one's work.
+    """
+    if not ranks.first():
+        return
     sweep_temporaries(run / FOLDER)
     for later in snapshot_steps(run):
         if later > step:
