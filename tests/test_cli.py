@@ -163,7 +163,7 @@ def test_batch_size_does_not_change_a_picture(pipeline, tmp_path, run):
     for batch in (1, 16):
         out = tmp_path / str(batch)
         samples = tmp_path / f"{batch}.safetensors"
-        options = ["--num", 18, "--steps", 4, "--eta", 0.5, "--guidance", 3]
+        options = ["--num", 18, "--steps", 4, "--sampler", "ddim", "--eta", 0.5, "--guidance", 3]
         run("sample", pipeline.ldm, *options, "--batch-size", batch, "--out", samples)
         done = run("decode", samples, "--ae", pipeline.ae, "--batch-size", batch, "--out", out)
         assert done.returncode == 0, done.stderr.decode()
@@ -218,7 +218,7 @@ def test_labels_by_name_index_and_none(pipeline, tmp_path, run):
     ]
     one_sentence(run(*command, "--label", "triangle"), 2, "'triangle'", "0 circle, 1 square")
     one_sentence(run(*command, "--label", "2"), 2, "is no class")
-    one_sentence(run(*command[:3], 1, "--steps", 1001), 2, "1 to 1000")
+    one_sentence(run(*command[:3], 1, "--sampler", "ddim", "--steps", 1001), 2, "1 to 1000")
 
 
 def test_another_autoencoder_is_refused(pipeline, tmp_path, run):
@@ -335,7 +335,7 @@ def test_sigterm_saves_and_says_run_again(pipeline, tmp_path, run):
     assert process.returncode == 75, stderr.decode()
     assert stdout == b""
     assert re.search(r"stopped and saved before step \d+; run again to go on", stderr.decode())
-    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) in (1, 2)  # one before the adversary
 
 
 @pytest.mark.parametrize(

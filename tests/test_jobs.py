@@ -239,7 +239,7 @@ def test_damaged_parts_are_drawn_again_and_those_of_another_command_refused(
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
-    for other in ({"seed": 1}, {"steps": 2}, {"prompt": ("a",)}, {"num": 8}, {"eta": 1.0}):
+    for other in ({"seed": 1}, {"steps": 2}, {"prompt": ("a",)}, {"num": 8}, {"sampler": "ddim"}):
         with pytest.raises(DataError, match="unfinished samples of another command"):
             draw("s", **other)
         assert len(seen) == drawn

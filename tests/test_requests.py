@@ -75,7 +75,7 @@ def test_prompts_make_a_sample_a_line_in_order(model, tmp_path):
     told = unragged(tensors["told.bytes"].numpy(), tensors["told.offsets"].numpy())
     assert [json.loads(line).get("text") for line in told] == ["b a", "", "über b"]
     assert tensors["seed"].tolist() == [0, 1, 2]
-    assert header.facts["manner"] == {"sampler": "ddim", "steps": 1, "guidance": 2.0}
+    assert header.facts["manner"] == {"sampler": "heun", "steps": 1, "guidance": 2.0}
 
 
 @pytest.mark.parametrize(

@@ -407,16 +407,19 @@ def test_self_conditioning_sees_the_guided_estimate(guided, tmp_path, monkeypatc
     ("arguments", "words"),
     [
         ("--sampler euler --eta 0.5", "--eta is not for --sampler euler: it goes with ddim, eul"),
-        ("--sampler-options.order 2", "order is not for --sampler ddim: it goes with lms, unipc"),
-        ("--sampler-options.churn 2", "it goes with euler, heun"),
+        ("--sampler-options.order 2", "order is not for --sampler heun: it goes with lms, unipc"),
+        ("--sampler ddim --sampler-options.churn 2", "it goes with euler, heun"),
         ("--sampler lms --sampler-options.restart-repeats 2", "it goes with restart"),
         ("--sampler unipc --sampler-options.order 4", "--sampler-options.order: order 4 asked"),
         (
             "--sampler restart --sampler-options.restart-interval 0.1,200",
             "--sampler-options.restart-interval: restart interval 0.1 to 200: take one between",
         ),
-        ("--steps 1001", "--steps 1001: 1001 sampling steps asked for; this model takes 1 to 1000"),
-        ("--steps 1001 --grid ldm", "--steps 1001, --grid ldm: 1001 sampling steps"),
+        (
+            "--sampler ddim --steps 1001",
+            "--steps 1001: 1001 sampling steps asked for; this model takes 1 to 1000",
+        ),
+        ("--sampler ddim --steps 1001 --grid ldm", "--steps 1001, --grid ldm: 1001 sampling steps"),
         ("--guidance 3 --guidance-of text=2", "give one"),
         ("--guidance-of text", "--guidance-of text: write KIND=WEIGHT"),
         ("--guidance-of text=-1", "with a weight of 0 or more"),

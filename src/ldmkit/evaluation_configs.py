@@ -62,8 +62,8 @@ class EvaluateConfig(SourceConfig):
         "With --model: latent set whose conditions the samples are told (with --holdout: of its held-back"
         " share; default: all classes take turns)",
     )
-    steps: Positive = field(50, "With --model: model calls for each sample (1 to T)")
-    sampler: SamplerName = field("ddim", "With --model: sampler (docs/samplers.md)")
+    steps: Positive = field(30, "With --model: model calls for each sample (1 to T)")
+    sampler: SamplerName = field("heun", "With --model: sampler (docs/samplers.md)")
     guidance: Weight | None = field(
         None, "With --model: classifier-free guidance weight; 1 = off (default: as in sample)"
     )

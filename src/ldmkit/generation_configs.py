@@ -124,8 +124,8 @@ class SampleConfig(CanvasConfig, OriginConfig, ImageGuideConfig, SampleJobConfig
     holdout: Fraction = field(
         0.0, "With --like: only the share that training with this --holdout kept out; 0 = all"
     )
-    steps: Positive = field(50, "Model calls for each sample, exactly")
-    sampler: SamplerName = field("ddim", "How noise becomes latents (docs/samplers.md)")
+    steps: Positive = field(30, "Model calls for each sample, exactly")
+    sampler: SamplerName = field("heun", "How noise becomes latents (docs/samplers.md)")
     grid: GridFile | GridName = field(
         "auto",
         "Which noise levels the sampler visits (docs/samplers.md); auto = the schedule's own: trailing for"
