@@ -25,7 +25,7 @@ def learners_and_parts(pictures, tmp_path):
     config = ae_config(pictures, tmp_path, disc=DiscriminatorConfig(channels=8, layers=1))
     learners = build_learners(config, None, torch.device("cpu"))
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    parts = divided(batch_of(images, None, learners.model, torch.ones_like), 2, [0, 1])
+    parts = divided(batch_of(images, None, learners.model, torch.ones_like), range(2))
     return config, learners, parts
 
 

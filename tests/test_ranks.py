@@ -217,7 +217,8 @@ def test_processes_do_not_take_the_dead_for_the_living():
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_processes(pipeline, tmp_path):
     latents = pipeline.latents
-    settings = {"steps": 6, "batch_size": 8, "save_every": 100}
+    # Adam's first steps make whole ones of gradients that are nothing but rounding
+    settings = {"steps": 6, "batch_size": 8, "save_every": 100, "lr": 1e-4}
     whole = diffusion_config(latents, tmp_path / "whole", **settings)
     run_job(job(whole, latents))
     config = diffusion_config(latents, tmp_path / "shrinking", **settings)

@@ -71,12 +71,12 @@ def test_parts_lose_nothing(generator):
     valid = images[:, :1] > 0.5
     batch = batch_of(images, valid, model, torch.ones_like)
     assert batch.noise.shape == (4, 4, 4, 4)
-    parts = divided(batch, 2, [5, 6])
+    parts = divided(batch, [5, 6])
     assert [part.seed for part in parts] == [5, 6]
     assert torch.equal(torch.cat([part.images for part in parts]), images)
     assert torch.equal(torch.cat([part.noise for part in parts]), batch.noise)
     assert torch.equal(torch.cat([p.valid for p in parts if p.valid is not None]), valid)
-    assert [part.valid for part in divided(batch._replace(valid=None), 4, range(4))] == [None] * 4
+    assert [part.valid for part in divided(batch._replace(valid=None), range(4))] == [None] * 4
 
 
 def test_recomputed_activations_change_no_byte(pictures, tmp_path):

@@ -141,8 +141,9 @@ def draw_batch(
     return Part(latents, told, sigma.to(device), remembers, bins, noise)
 
 
-def divided(batch: Part, count: int, seeds: Sequence[int]) -> list[Part]:
-    """So many parts of equal size, with a seed for each."""
+def divided(batch: Part, seeds: Sequence[int]) -> list[Part]:
+    """Parts of equal size, one for each seed."""
+    count = len(seeds)
     values = {kind: value.chunk(count) for kind, value in batch.values.items()}
     told = [{kind: chunks[part] for kind, chunks in values.items()} for part in range(count)]
     sources = noise_of_parts(batch.noise, count)
@@ -249,7 +250,7 @@ def take_step(
         set_learning_rate(optimizer, rate)
     places = ranks.own_places(config.accumulate)
     seeds = [seed_for(config.seed, DROPOUT, step, place) for place in places]
-    parts = divided(batch, config.accumulate, seeds)
+    parts = divided(batch, seeds)
     losses = ranks.gathered(add_gradients(learner, parts, config.objective))
     ranks.average_gradients(parameters_of(optimizers))
     norm = gradient_norm(parameters_of(optimizers), config.clip_norm)

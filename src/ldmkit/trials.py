@@ -141,7 +141,7 @@ def planned_diffusion(
             for kind, value in first.items()
         }
         batch = draw_batch(model, read, values, generator_for(config.seed), config)
-        parts = divided(batch, config.accumulate, range(config.accumulate))
+        parts = divided(batch, range(config.accumulate))
         add_gradients(learner, parts, config.objective)
 
     return averages * weights + moment_bytes(model, config) + peak_bytes(step)

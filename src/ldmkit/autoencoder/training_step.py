@@ -142,8 +142,9 @@ def batch_of(images: Images, valid: Valid | None, model: Autoencoder, noise: Noi
     return Part(images, valid, drawn)
 
 
-def divided(batch: Part, count: int, seeds: Sequence[int]) -> list[Part]:
-    """So many parts of equal size, with a seed for each."""
+def divided(batch: Part, seeds: Sequence[int]) -> list[Part]:
+    """Parts of equal size, one for each seed."""
+    count = len(seeds)
     masks = [None] * count if batch.valid is None else batch.valid.chunk(count)
     parts = zip(batch.images.chunk(count), masks, batch.noise.chunk(count), seeds, strict=True)
     return [Part(*part) for part in parts]
@@ -165,7 +166,7 @@ def take_step(
     """One step of whichever side learns in this phase; returns what it adds to the log."""
     places = ranks.own_places(config.accumulate)
     seeds = [seed_for(config.seed, DROPOUT, step, place) for place in places]
-    parts = divided(batch, config.accumulate, seeds)
+    parts = divided(batch, seeds)
     scalars: dict[str, Tensor] = {}
     if phase.autoencoder_learns:
         shown, terms = update_autoencoder(learners, config, parts, phase.weight)
