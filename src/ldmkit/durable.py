@@ -68,6 +68,23 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def drop_directory(path: Path) -> None:
+    """Remove a directory that was made whole, so that no name ever stands for a part of it.
+
+    It gets a temporary name first: what is left of it when the machine stops in between is swept.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
+    aside = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    try:
+        path.replace(aside)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` in one piece (UTF-8)."""
     with atomic_file(path) as temporary:
