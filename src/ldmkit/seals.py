@@ -28,6 +28,8 @@ MAX_PAGE_BYTES = 256 << 20
 """Of a page that is read: a manifest of a million shards has some 200 MB."""
 PIECE = 1 << 20
 DIGITS = re.compile(rb"[0-9a-f]{64}")
+CHECKSUM = "crc32"
+"""The name of the last value of a line of a log."""
 LINE = re.compile(rb'(.*), "crc32": "([0-9a-f]{8})"\}', re.DOTALL)
 LINE_REMAINS = re.compile(rb'"crc32": "|[0-9a-f]{8}"\}$')
 LINE_TORN_NOT = re.compile(rb'"crc32": "[0-9a-f]{8}"\}.', re.DOTALL)

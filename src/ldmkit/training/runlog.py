@@ -11,12 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldmkit.durable import atomic_file, write_text
+from ldmkit.durable import atomic_file, sweep_temporaries, write_text
 from ldmkit.errors import NonFiniteError, UsageError
 from ldmkit.pixels import Sheet, save_png
-from ldmkit.seals import line_state, lines_of, sealed_line
+from ldmkit.seals import CHECKSUM, line_state, lines_of, sealed_line
 from ldmkit.terminal import say
 from ldmkit.training import ranks
+
+SAMPLES = "samples"
 
 
 class Weighted(NamedTuple):
@@ -33,7 +35,8 @@ class Weighted(NamedTuple):
 class RunLog:
     """Averages scalars between log lines and appends them to `RUN/metrics.jsonl`.
 
-    Lines that a resumed run will write again are cut off first, so that each step stands there once.
+    Lines that a resumed run will write again are cut off first, and those of the step it goes on with are not
+    written twice, so that each stands there once. Unfinished previews of a killed process are removed.
     Of several processes the first one writes.
 
     Args:
@@ -46,7 +49,10 @@ class RunLog:
         self.run = run
         self.file = run / "metrics.jsonl"
         self._writes = ranks.first()
+        self._start = start
+        self._there: set[frozenset[str]] = set()  # names in lines of the step it goes on with
         if self._writes:
+            sweep_temporaries(run / SAMPLES)
             self._cut(start)
         self._sums: dict[str, tuple[Tensor, int]] = {}  # total, and how many steps had it
         self._weighted: dict[str, Weighted] = {}
@@ -104,8 +110,8 @@ class RunLog:
         return means
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append one line."""
-        if not self._writes:
+        """Append one line; none that the step which the run goes on with has already."""
+        if not self._writes or (step == self._start and frozenset(scalars) in self._there):
             return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(sealed_line(json.dumps({"step": step, **scalars})) + "\n")
@@ -115,7 +121,7 @@ class RunLog:
 
     def picture(self, step: int, name: str, sheet: Sheet) -> Path:
         """Write a sheet of preview pictures to `RUN/samples/NAME-STEP.png`."""
-        path = self.run / "samples" / f"{name}-{step:09d}.png"
+        path = self.run / SAMPLES / f"{name}-{step:09d}.png"
         with atomic_file(path) as temporary:
             save_png(temporary, sheet)
         if self._events is not None:
@@ -138,6 +144,8 @@ class RunLog:
             damaged += step is None and bool(line.strip())
             if step is not None and step <= start:
                 kept.append(line.decode() + "\n")
+            if step == start:
+                self._there.add(frozenset(json.loads(line)) - {"step", CHECKSUM})
         if damaged:
             say(f"warning: {damaged} damaged line(s) of {self.file} are left out from now on")
         write_text(self.file, "".join(kept))
