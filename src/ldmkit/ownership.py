@@ -15,7 +15,7 @@ PATIENCE = 15.0
 
 
 @contextmanager
-def owned(directory: Path, part: str = "") -> Iterator[None]:
+def owned(directory: Path, part: str = "", *, patience: float | None = None) -> Iterator[None]:
     """Be the only process that writes to `directory`, which is made if it is missing.
 
     The lock is the operating system's, so it ends with the process, however that ends. What was made for
@@ -25,6 +25,7 @@ def owned(directory: Path, part: str = "") -> Iterator[None]:
     Args:
         directory: of a run, or of a set.
         part: of the work, where several processes share the directory and each has its own.
+        patience: seconds to wait for another process to leave; `PATIENCE` if None.
 
     Raises:
         UsageError: another process works there.
@@ -33,7 +34,7 @@ def owned(directory: Path, part: str = "") -> Iterator[None]:
     was_there = directory.is_dir()
     file = directory / f"{LOCK}{part}"
     lock = FileLock(file)
-    _acquire(lock, directory)
+    _acquire(lock, directory, PATIENCE if patience is None else patience)
     try:
         yield
     finally:
@@ -45,11 +46,11 @@ def owned(directory: Path, part: str = "") -> Iterator[None]:
                 directory.rmdir()
 
 
-def _acquire(lock: BaseFileLock, directory: Path) -> None:
+def _acquire(lock: BaseFileLock, directory: Path, patience: float) -> None:
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=PATIENCE)
+            lock.acquire(timeout=patience)
         except FileNotFoundError:  # who had the directory has just removed it
             continue
         except Timeout as error:

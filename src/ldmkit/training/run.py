@@ -1,5 +1,6 @@
 """The run directory: one config, kept; the same command again goes on with it."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -8,9 +9,10 @@ from pydantic import ValidationError
 from ldmkit.configfile import config_page, first_difference, read_run_config
 from ldmkit.configs import TrainingConfig
 from ldmkit.container import read_header
-from ldmkit.durable import sweep_temporaries, write_text
+from ldmkit.durable import TEMPORARY_MARK, sweep_temporaries, write_text
 from ldmkit.errors import UsageError
 from ldmkit.fields import seconds
+from ldmkit.ownership import LOCK, owned
 from ldmkit.terminal import say
 from ldmkit.training import ranks
 from ldmkit.training.interruption import Interruption
@@ -96,7 +98,15 @@ def finished(config: TrainingConfig, result: Path) -> bool:
     steps = read_header(result).facts["trained"]["steps"]
     if steps == config.steps:
         say(f"{result} is complete ({steps} steps)")
+        sweep_if_free(config.out)
     return steps == config.steps
+
+
+def sweep_if_free(run: Path) -> None:
+    """Remove what a process left that was killed when its last file was whole, unless one is at work there."""
+    if any(run.glob(f"*{TEMPORARY_MARK}*")) or (run / LOCK).exists():
+        with suppress(UsageError, OSError), owned(run, patience=0.0):
+            sweep_temporaries(run)
 
 
 def interruption(config: TrainingConfig) -> Interruption:
