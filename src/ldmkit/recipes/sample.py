@@ -22,16 +22,19 @@ from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.manner import manner_of
 from ldmkit.modelfile import save, versions, write_message
 from ldmkit.origins import Origins, origins_of
+from ldmkit.ownership import owned
 from ldmkit.requests import as_lines, asked_of
 from ldmkit.sample_blocks import PATH, TOLD, Paths, share_of
 from ldmkit.sample_memory import batch_with_room
 from ldmkit.sample_parts import (
     asked_digest,
+    drop_leftovers,
     found_parts,
     is_complete,
     joined,
     missing,
     part_path,
+    parts_of,
 )
 from ldmkit.tensors import Latents
 from ldmkit.terminal import Track, say, track
@@ -111,7 +114,8 @@ def sample(
         ends.
 
     Raises:
-        UsageError: an unknown class, a sampler, guidance or size that does not fit, or `-` without a stream.
+        UsageError: an unknown class, a sampler, guidance or size that does not fit, `-` without a stream, or
+            another process draws the same.
         DataError: a model file cannot be used, or a line of a file of conditions.
         InterruptedRun: a signal asked to stop; what is drawn is kept.
     """
@@ -154,9 +158,18 @@ def sample(
         return None
 
     wanted = asked_digest(_everything(work))
-    if is_complete(config.out, wanted):
-        say(f"{config.out} is complete")
-        return config.out
+    if not is_complete(config.out, wanted):
+        with owned(parts_of(config.out), f"-{job[0]}-of-{job[1]}" if job[1] > 1 else ""):
+            if not is_complete(config.out, wanted):  # made by who had the directory before
+                return _drawn_to_file(work, mine, total, wanted)
+    drop_leftovers(config.out, wanted)
+    say(f"{config.out} is complete")
+    return config.out
+
+
+def _drawn_to_file(work: Work, mine: range, total: int, wanted: str) -> Path:
+    """Draw what is not there yet of this job's samples; the last job makes one file of all."""
+    config = work.config
     todo = missing(found_parts(config.out, wanted), mine)
     left = sum(map(len, todo))
     with (
