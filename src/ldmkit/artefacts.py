@@ -27,6 +27,7 @@ from ldmkit.seals import HTML_START, State, line_state, lines_of, read_limited, 
 
 MAX_LOG_BYTES = 1 << 30
 MAX_HTML_BYTES = 1 << 30
+PARTS = ".safetensors.parts"
 NUMBERED = re.compile(r"step-(\d{9})")
 
 
@@ -61,7 +62,7 @@ def check_path(path: Path) -> Iterator[Checked]:
 def check_folder(folder: Path, names: list[str]) -> Iterator[Checked]:
     """The files of one directory, by themselves and with one another."""
     manifest, shards = None, {}
-    if MANIFEST in names:
+    if MANIFEST in names and TEMPORARY_MARK not in folder.name:  # there it was just being written
         try:
             manifest = read_manifest(folder)
             shards = {entry.name: entry for entry in manifest.shards}
@@ -111,13 +112,15 @@ def _unknown(path: Path) -> Checked:
 
 
 def _check_container(path: Path) -> Checked:
-    described = check_container(path)
-    return Checked(
-        path,
-        described.kind,
-        (*described.problems, *_misplaced(path, described)),
-        () if described.sealed else (_older(path, "its header"),),
-    )
+    part = path.parent.name.endswith(PARTS)
+    described = check_container(path, part=part)
+    notes = [] if described.sealed else [_older(path, "its header")]
+    if part and described.kind == "samples":
+        notes.append(
+            f"{path} is a part of samples that are not all drawn: run `ldmkit sample` again"
+        )
+    problems = (*described.problems, *_misplaced(path, described))
+    return Checked(path, described.kind, problems, tuple(notes))
 
 
 def _misplaced(path: Path, described: Described) -> Iterator[str]:
