@@ -1,0 +1,182 @@
+"""Commands that are asked to stop, and that are started many times at once."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from kill_trials import COMMANDS, TRAINERS, begin, clear, damages, job_of, tree, undisturbed
+from killer import serving
+
+from ldmkit.training.checkpoint import saved_checkpoints
+
+INTERRUPTED = 75
+STEPS = 40
+AT_ONCE = 10
+REFUSED = "another ldmkit is at work in"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("server")) as found:
+        yield found
+
+
+def long_job(name, pipeline, folder, **changes):
+    """A run that saves only where it is stopped, and at its end."""
+    plan = {"steps": STEPS, "save_every": 1000, "sample_every": 1000, "holdout": 0.0}
+    if name == "train-diffusion":
+        plan |= {"ae": None, "validate_every": 1000}
+    return job_of(name, pipeline, folder, **(plan | changes))
+
+
+def model_of(job):
+    """Digests of the model files, which are all that an interruption leaves as it would be."""
+    found = {name: x for name, x in tree(job.root).items() if name.endswith(".safetensors")}
+    kept = {name: x for name, x in found.items() if "checkpoints" not in name}
+    assert kept
+    return kept
+
+
+def stopped(server, job, *after):
+    """Run a job, stopped after so many steps of each start, to its end."""
+    clear(job.root)
+    done = 0
+    for steps in after:
+        ended = server.wait(begin(server, job, stop_after=steps))
+        done += steps
+        assert ended.code == INTERRUPTED, ended.stderr
+        assert f"saved before step {done}; run again" in ended.stderr
+    ended = server.wait(begin(server, job))
+    assert (ended.code, ended.trace.resumed) == (0, [done]), ended.stderr
+    return model_of(job)
+
+
+def stops(server, name, pipeline, folder, steps, **changes):
+    """Stop at each of these steps, once and twice in a row; returns those that changed the weights."""
+    job = long_job(name, pipeline, folder, **changes)
+    undisturbed(server, job)
+    whole = model_of(job)
+    return [
+        after
+        for step in steps
+        for after in ((step,), (step, 1))
+        if stopped(server, job, *after) != whole
+    ]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_stopped_at_a_step_and_twice_in_a_row_the_weights_are_the_same(
+    name, server, pipeline, tmp_path
+):
+    changes = {"steps": 8, "accumulate": 4}
+    assert stops(server, name, pipeline, tmp_path, [5], **changes) == []
+
+
+def kinds():
+    """Trainer, parts of a batch, and reading processes where the trainer has them."""
+    for accumulate in (1, 4):
+        yield "train-diffusion", {"accumulate": accumulate}
+        for workers in (0, 2):
+            yield "train-ae", {"accumulate": accumulate, "workers": workers}
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("name", "changes"), kinds())
+def test_stopped_at_every_step_the_weights_are_the_same(
+    name, changes, server, pipeline, tmp_path, capsys
+):
+    wrong = stops(server, name, pipeline, tmp_path, range(1, 21), **changes)
+    with capsys.disabled():
+        print(
+            f"\n{name} {changes}: 40 runs stopped at steps 1 to 20, {len(wrong)} with other weights"
+        )
+    assert wrong == []
+
+
+def stop_at_random(server, job, draw):
+    """SIGTERM at a random moment of training; returns exit code, seconds that it took, and what was saved."""
+    clear(job.root)
+    log = job.root / "run/metrics.jsonl"
+    child = begin(server, job)
+    while not log.exists() or not log.stat().st_size:
+        time.sleep(0.01)
+    time.sleep(draw.random())
+    os.kill(child.pid, signal.SIGTERM)
+    sent = time.monotonic()
+    ended = server.wait(child)
+    saved = saved_checkpoints(job.root / "run/checkpoints")
+    return ended.code, time.monotonic() - sent, len(saved), damages(job.root)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_sigterm_at_a_random_moment_saves_and_leaves(name, server, pipeline, tmp_path):
+    job = long_job(name, pipeline, tmp_path, steps=100_000)
+    code, seconds, saved, damaged = stop_at_random(server, job, random.Random(name))
+    assert (code, saved, damaged, seconds < 10) == (INTERRUPTED, 1, [], True)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_sigterm_twenty_times(name, server, pipeline, tmp_path, capsys):
+    job, draw = long_job(name, pipeline, tmp_path, steps=100_000), random.Random(name)
+    found = [stop_at_random(server, job, draw) for _ in range(20)]
+    good = sum(code == INTERRUPTED and saved == 1 and not bad for code, _, saved, bad in found)
+    longest = max(seconds for _, seconds, *_ in found)
+    with capsys.disabled():
+        print(f"\n{name}: {good} of 20 saved and gone with 75, the slowest in {longest:.2f} s")
+    assert good == 20
+    assert longest < 10
+
+
+def start_together(server, job, count, **orders):
+    """The same command so many times at once; exit codes and what those said that did not end well."""
+    clear(job.root)
+    children = [begin(server, job, **orders) for _ in range(count)]
+    found = [server.wait(child) for child in children]
+    return [one.code for one in found], [one.stderr for one in found if one.code]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_of_ten_starts_in_one_directory_one_runs(name, server, pipeline, tmp_path):
+    """Its disk is slow, so that all others come while it is at work, and do not wait for it for long."""
+    job = job_of(name, pipeline, tmp_path)
+    whole = undisturbed(server, job)
+    slow = 20.0 / sum(call.name == "fsync" for call in whole.calls)
+    codes, said = start_together(server, job, AT_ONCE, patience=0.05, slow=slow)
+    assert sorted(codes) == [0] + [2] * (AT_ONCE - 1), said
+    for text in said:
+        (sentence,) = [line for line in text.splitlines() if REFUSED in line]
+        assert sentence.endswith("wait for it, or give another --out")
+        assert "Traceback" not in text
+    assert tree(job.root) == whole.tree
+
+
+@pytest.mark.parametrize("name", ["encode", "sample"])
+def test_who_waits_long_enough_finds_it_done(name, server, pipeline, tmp_path):
+    job = job_of(name, pipeline, tmp_path)
+    whole = undisturbed(server, job)
+    codes, said = start_together(server, job, 4, slow=0.02, patience=60.0)
+    assert (codes, said) == ([0] * 4, [])
+    assert tree(job.root) == whole.tree
+
+
+@pytest.mark.parametrize("name", ["encode", "sample"])
+def test_jobs_that_share_the_work_run_together_and_each_of_them_once(
+    name, server, pipeline, tmp_path
+):
+    """Two processes for each of two jobs: one of each pair works."""
+    job = job_of(name, pipeline, tmp_path)
+    whole = undisturbed(server, job)
+    clear(job.root)
+    children = []
+    for part in ("1/2", "1/2", "2/2", "2/2"):
+        shared = job._replace(arguments=[*job.arguments, "--jobs", part])
+        children.append(begin(server, shared, patience=0.05, slow=0.2))
+    found = [server.wait(child) for child in children]
+    codes = [one.code for one in found]
+    assert [sorted(codes[:2]), sorted(codes[2:])] == [[0, 2], [0, 2]], [x.stderr for x in found]
+    assert tree(job.root) == whole.tree
