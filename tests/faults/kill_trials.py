@@ -23,6 +23,7 @@ from ldmkit.fields import Config
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.modelfile import load
 from ldmkit.training.checkpoint import STATE, saved_checkpoints, step_of
+from ldmkit.training.snapshots import FOLDER as SNAPSHOTS
 
 COMMANDS = ("train-ae", "encode", "train-diffusion", "sample")
 TRAINERS = ("train-ae", "train-diffusion")
@@ -238,7 +239,7 @@ def _not_gone_on_with(
         if step != (newest or 0):
             yield f"went on with step {step}, and the newest whole checkpoint was {newest}"
     for path in sorted(commits_of(ended) & committed):
-        if "snapshots" not in path:  # those of steps that are done again are dropped on purpose
+        if SNAPSHOTS not in Path(path).parts:  # those of steps that are done again are dropped
             yield f"made again: {path}"
 
 
@@ -248,8 +249,8 @@ def _gone(job: Job, committed: set[str], newest: int | None) -> Iterator[str]:
         yield f"checkpoint {max(steps)} was committed, and the newest whole one is {newest}"
     done = job.root / "samples.safetensors"
     for path in committed:
-        joined = ".parts" in path and done.exists()
-        if "checkpoints" not in path and not joined and not Path(path).exists():
+        replaced = (".parts" in path and done.exists()) or SNAPSHOTS in Path(path).parts
+        if "checkpoints" not in path and not replaced and not Path(path).exists():
             yield f"gone: {path}"
 
 

@@ -239,8 +239,13 @@ class Disk:
         if where == "half" and half is not None:
             half()
             os.kill(os.getpid(), signal.SIGKILL)
-        result = call()
-        os.write(self.trace, f"call\t{name}\t{path}\n".encode())
+        try:
+            result = call()
+        except OSError:  # counts too: the directory above is made first, and then it is tried again
+            name = f"failed {name}"
+            raise
+        finally:
+            os.write(self.trace, f"call\t{name}\t{path}\n".encode())
         if where == "after":
             os.kill(os.getpid(), signal.SIGKILL)
         return result
