@@ -194,8 +194,8 @@ def _run(request: dict[str, Any], app: Callable[[list[str]], object]) -> int:
     notes, orders = request["notes"], Orders(**request["orders"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{notes}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    trace = os.open(f"{notes}.trace", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(os.open(f"{notes}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    trace = os.open(f"{notes}.trace", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     disk = Disk(orders, trace)
     disk.watch_calls()
     disk.watch_files()
