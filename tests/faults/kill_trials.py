@@ -176,6 +176,7 @@ def trial(
     kills, committed = 0, set[str]()
     corrupt: list[str] = []
     lost: list[str] = []
+    wrong: list[str] = []
     newest: int | None = None
     for order in [*orders, None]:
         told = order if isinstance(order, dict) else {}
@@ -188,7 +189,7 @@ def trial(
         committed |= commits_of(ended)
         kills += ended.code == KILLED
         if order is None:
-            wrong = [] if ended.code == 0 else [f"exit {ended.code}: {ended.stderr}"]
+            wrong += [] if ended.code == 0 else [f"exit {ended.code}: {ended.stderr}"]
             break
         if ended.code not in (0, KILLED):
             lost.append(f"exit {ended.code}: {ended.stderr}")

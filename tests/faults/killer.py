@@ -202,7 +202,7 @@ def _run(request: dict[str, Any], app: Callable[[list[str]], object]) -> int:
     disk.watch_tensors()
     watch_the_steps(orders, trace)
     if orders.patience is not None:
-        importlib.import_module("ldmkit.ownership").PATIENCE = orders.patience
+        vars(importlib.import_module("ldmkit.ownership"))["PATIENCE"] = orders.patience
     before = set(sys.modules)
     try:
         app(request["arguments"])
@@ -246,8 +246,8 @@ class Disk:
             raise
         finally:
             os.write(self.trace, f"call\t{name}\t{path}\n".encode())
-        if where == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
+            if where == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     def watch_calls(self) -> None:
@@ -299,7 +299,7 @@ class Disk:
 
             self.around("save", str(filename), lambda: save_file(tensors, filename, metadata), torn)
 
-        safe.save_file = save
+        vars(safe)["save_file"] = save
 
 
 def _path_of(name: str, given: tuple[Any, ...], folder: int | None) -> str:

@@ -91,7 +91,7 @@ def kinds():
 
 @pytest.mark.faults
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("name", "changes"), kinds())
+@pytest.mark.parametrize(("name", "changes"), list(kinds()))
 def test_stopped_at_every_step_the_weights_are_the_same(
     name, changes, server, pipeline, tmp_path, capsys
 ):
