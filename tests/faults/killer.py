@@ -41,8 +41,8 @@ class Orders(NamedTuple):
     """Send itself SIGTERM when it has done so many steps."""
     patience: float | None = None
     """Seconds that it waits for another owner of the directory; None as usual."""
-    slow: float = 0.0
-    """Seconds that each fsync takes longer, as on a busy disk."""
+    hold: str = ""
+    """While there is a file of this name, fsync does not return, as on a disk that is very busy."""
 
 
 class Call(NamedTuple):
@@ -123,6 +123,12 @@ class Server:
         ):  # it has ended, but is there until it is waited for
             os.kill(child.pid, signal.SIGKILL)
         return self.wait(child)
+
+    @staticmethod
+    def has_ended(child: Child) -> bool:
+        """Whether a child has nothing more to do than to be waited for."""
+        state = Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2]
+        return state.startswith("Z")
 
     def close(self) -> None:
         """End the server."""
@@ -255,8 +261,8 @@ class Disk:
 
         def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             def call(*given: Any, **named: Any) -> Any:
-                if name == "fsync" and self.orders.slow:
-                    time.sleep(self.orders.slow)
+                while name == "fsync" and self.orders.hold and Path(self.orders.hold).exists():
+                    time.sleep(0.01)
                 path = _path_of(name, given, named.get("dir_fd"))
                 return self.around(name, path, lambda: original(*given, **named))
 

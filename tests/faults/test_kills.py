@@ -69,7 +69,7 @@ def test_a_kill_around_every_call_that_writes(name, server, pipeline, tmp_path, 
 
 
 def test_the_trial_would_notice_what_is_lost_damaged_or_left(server, pipeline, tmp_path):
-    """A shard that goes after a kill, one with a flipped bit, and a leftover are all seen."""
+    """A shard with a flipped bit, other bytes in the end, and a leftover are all seen."""
     job = job_of("encode", pipeline, tmp_path)
     whole = undisturbed(server, job)
     commit = [call.name for call in whole.calls].index("replace")
@@ -77,13 +77,13 @@ def test_the_trial_would_notice_what_is_lost_damaged_or_left(server, pipeline, t
     assert outcome.sound
     assert outcome.kills == 1
     shard = job.root / "set/00000.safetensors"
-    (job.root / "set/left.tmp-0").mkdir()
+    (job.root / "set/left.txt").touch()
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     assert any("damaged" in text for text in damages(job.root))
     outcome = trial(server, job, whole._replace(tree={}), [], clean=False)
-    assert len(outcome.wrong) == len(whole.tree) + 1  # the shard is kept in a set that is complete
+    assert len(outcome.wrong) == len(whole.tree) + 1
     assert newest_whole(job.root) is None
 
 

@@ -166,26 +166,38 @@ def test_sigterm_twenty_times(name, server, pipeline, tmp_path, capsys):
     assert len(good) == 20
 
 
-def start_together(server, job, count, **orders):
-    """The same command so many times at once; exit codes and what those said that did not end well."""
-    clear(job.root)
-    children = [begin(server, job, **orders) for _ in range(count)]
-    found = [server.wait(child) for child in children]
-    return [one.code for one in found], [one.stderr for one in found if one.code]
+def start_together(server, jobs, workers, folder):
+    """Start all at once; the disk is held until no more of them are left than can work; returns how all ended."""
+    clear(jobs[0].root)
+    hold = folder / "hold"
+    hold.touch()
+    children = [begin(server, job, patience=0.05, hold=str(hold)) for job in jobs]
+    deadline = time.monotonic() + 200
+    while sum(not server.has_ended(child) for child in children) > workers:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    hold.unlink()
+    return [server.wait(child) for child in children]
+
+
+def require_refused(ended):
+    """One sentence, and exit code 2."""
+    assert ended.code == 2, ended.stderr
+    (sentence,) = [line for line in ended.stderr.splitlines() if REFUSED in line]
+    assert sentence.endswith("wait for it, or give another --out")
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_of_ten_starts_in_one_directory_one_runs(name, server, pipeline, tmp_path):
-    """Its disk is slow, so that all others come while it is at work, and do not wait for it for long."""
     job = job_of(name, pipeline, tmp_path)
     whole = undisturbed(server, job)
-    slow = 20.0 / sum(call.name == "fsync" for call in whole.calls)
-    codes, said = start_together(server, job, AT_ONCE, patience=0.05, slow=slow)
-    assert sorted(codes) == [0] + [2] * (AT_ONCE - 1), said
-    for text in said:
-        (sentence,) = [line for line in text.splitlines() if REFUSED in line]
-        assert sentence.endswith("wait for it, or give another --out")
-        assert "Traceback" not in text
+    first, *others = sorted(
+        start_together(server, [job] * AT_ONCE, 1, tmp_path), key=lambda ended: ended.code
+    )
+    assert first.code == 0, first.stderr
+    for ended in others:
+        require_refused(ended)
     assert tree(job.root) == whole.tree
 
 
@@ -193,8 +205,11 @@ def test_of_ten_starts_in_one_directory_one_runs(name, server, pipeline, tmp_pat
 def test_who_waits_long_enough_finds_it_done(name, server, pipeline, tmp_path):
     job = job_of(name, pipeline, tmp_path)
     whole = undisturbed(server, job)
-    codes, said = start_together(server, job, 4, slow=0.02, patience=60.0)
-    assert (codes, said) == ([0] * 4, [])
+    clear(job.root)
+    children = [begin(server, job, patience=100.0) for _ in range(4)]
+    for child in children:
+        ended = server.wait(child)
+        assert ended.code == 0, ended.stderr
     assert tree(job.root) == whole.tree
 
 
@@ -205,12 +220,13 @@ def test_jobs_that_share_the_work_run_together_and_each_of_them_once(
     """Two processes for each of two jobs: one of each pair works."""
     job = job_of(name, pipeline, tmp_path)
     whole = undisturbed(server, job)
-    clear(job.root)
-    children = []
-    for part in ("1/2", "1/2", "2/2", "2/2"):
-        shared = job._replace(arguments=[*job.arguments, "--jobs", part])
-        children.append(begin(server, shared, patience=0.05, slow=0.2))
-    found = [server.wait(child) for child in children]
-    codes = [one.code for one in found]
-    assert [sorted(codes[:2]), sorted(codes[2:])] == [[0, 2], [0, 2]], [x.stderr for x in found]
+    shared = [
+        job._replace(arguments=[*job.arguments, "--jobs", part])
+        for part in ("1/2", "1/2", "2/2", "2/2")
+    ]
+    found = start_together(server, shared, 2, tmp_path)
+    for pair in (found[:2], found[2:]):
+        first, second = sorted(pair, key=lambda ended: ended.code)
+        assert first.code == 0, first.stderr
+        require_refused(second)
     assert tree(job.root) == whole.tree
