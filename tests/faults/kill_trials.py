@@ -303,5 +303,7 @@ def named_kills(
             orders.append({"kill_at": draw.randrange(20), "kill_where": "before"})
         outcome = trial(server, job, whole, orders)
         call = whole.calls[number]
+        if not outcome.kills:
+            outcome.wrong.append("the kill did not meet it")
         tally.add(f"{where} call {number} ({call.name} {Path(call.path).name})", outcome)
     return tally
