@@ -31,7 +31,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     workshop = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
     temporary = workshop / path.name
     try:
-        workshop.mkdir(parents=True)
+        make_directory(path.parent)
+        workshop.mkdir()
         # safetensors leaves 0600 whatever the umask says; the directory has what it says, and asking
         # the umask itself would mean to change it, for all threads
         allowed = workshop.stat().st_mode & 0o666
@@ -55,7 +56,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
     try:
-        temporary.mkdir(parents=True)
+        make_directory(path.parent)
+        temporary.mkdir()
         yield temporary
         for inside in temporary.rglob("*"):
             flush_to_disk(inside)
@@ -66,6 +68,38 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, so that what is put there later outlasts a loss of power.
+
+    A new directory is an entry of the one above it, which has to be flushed like any other.
+
+    Raises:
+        OSError: one of them cannot be made, or is something else than a directory.
+    """
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    flush_to_disk(path.parent)
+
+
+def drop_directory(path: Path) -> None:
+    """Remove a directory that was made whole, so that no name ever stands for a part of it.
+
+    It gets a temporary name first: what is left of it when the machine stops in between is swept.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
+    aside = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    try:
+        path.replace(aside)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror or error}") from error
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,8 +134,13 @@ def sweep_temporaries(directory: Path, name: str = "*") -> None:
         directory: where to look.
         name: of the files whose remains go, or a pattern; others may be another process's at work.
     """
-    for leftover in directory.glob(f"{name}{TEMPORARY_MARK}*"):
+    for leftover in temporaries(directory, name):
         remove(leftover)
+
+
+def temporaries(directory: Path, name: str = "*") -> list[Path]:
+    """What lies unfinished in `directory`: a process is at work on it, or was killed."""
+    return list(directory.glob(f"{name}{TEMPORARY_MARK}*"))
 
 
 def remove(path: Path) -> None:

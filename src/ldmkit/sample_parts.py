@@ -61,6 +61,21 @@ def is_complete(out: Path, asked: str) -> bool:
         return False  # no sample file of ours: it is replaced, as any other is
 
 
+def drop_leftovers(out: Path, asked: str) -> None:
+    """Remove what a process left that was killed just after the file was complete.
+
+    Parts of another command stay: it may be run again.
+    """
+    sweep_temporaries(out.parent, out.name)
+    parts = sorted(parts_of(out).glob(f"*{SUFFIX}"))
+    try:
+        others = [path for path in parts if read_header(path).facts.get("asked") != asked]
+    except DataError:
+        return  # what is damaged is the affair of the command that made it
+    if not others and parts_of(out).is_dir():
+        remove(parts_of(out))
+
+
 def found_parts(out: Path, asked: str) -> list[Part]:
     """The whole parts that are there, in order; damaged ones are removed.
 

@@ -27,6 +27,7 @@ from ldmkit.sample_blocks import PATH, TOLD, Paths, share_of
 from ldmkit.sample_memory import batch_with_room
 from ldmkit.sample_parts import (
     asked_digest,
+    drop_leftovers,
     found_parts,
     is_complete,
     joined,
@@ -155,6 +156,7 @@ def sample(
 
     wanted = asked_digest(_everything(work))
     if is_complete(config.out, wanted):
+        drop_leftovers(config.out, wanted)
         say(f"{config.out} is complete")
         return config.out
     todo = missing(found_parts(config.out, wanted), mine)

@@ -8,7 +8,6 @@ nothing of how many there were.
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldmkit.durable import atomic_directory, require_room, sweep_temporaries
+from ldmkit.durable import atomic_directory, drop_directory, require_room, sweep_temporaries
 from ldmkit.errors import DataError, NonFiniteError
 from ldmkit.modelfile import load, require_tensors, save
 from ldmkit.terminal import say
@@ -81,7 +80,7 @@ class TrainingState:
         tensors = self._tensors()
         _require_finite(tensors, step)
         if target.exists():  # this run passed it over on loading, so it could not be read
-            shutil.rmtree(target)
+            drop_directory(target)
         with atomic_directory(target) as temporary:
             save(
                 temporary / STATE,
@@ -93,7 +92,7 @@ class TrainingState:
         self.saved_step = step
         for old in saved_checkpoints(self.directory)[:-KEEP]:
             if step_of(old) != self.lasting:
-                shutil.rmtree(old, ignore_errors=True)
+                drop_directory(old)
 
     def load_latest(self, device: torch.device) -> int:
         """Restore the newest whole checkpoint; returns the step to go on with, 0 for a new run.
@@ -135,7 +134,7 @@ class TrainingState:
         found = saved_checkpoints(self.directory)
         for path in reversed(found):
             if step_of(path) > step:
-                shutil.rmtree(path)
+                drop_directory(path)
         self.saved_step = max((step_of(path) for path in found if path.exists()), default=None)
         return self.saved_step
 
