@@ -185,9 +185,9 @@ def _opening(watch: Watch) -> Callable[..., Any]:
         closefd: bool = True,
         opener: Any = None,
     ) -> Any:
-        writes = not isinstance(file, int) and set(mode) & set("wax+")
-        name = watch.below(file) if writes else None
-        if name is None:
+        writes = set(mode) & set("wax+")
+        name = watch.below(file) if writes and not isinstance(file, int) else None
+        if isinstance(file, int) or name is None:
             return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
         there = os.path.lexists(file)
         watch.attempt("open", name)

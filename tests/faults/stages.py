@@ -12,6 +12,7 @@ from ldmkit.autoencoder_configs import AutoencoderConfig, DiscriminatorConfig, P
 from ldmkit.configfile import config_page
 from ldmkit.diffusion_configs import UNetConfig
 from ldmkit.durable import TEMPORARY_MARK
+from ldmkit.ownership import LOCK
 
 SMALL_AE = AutoencoderConfig(channels=4, multipliers=(1, 1), residual_blocks=1, norm_groups=2)
 SMALL_DISC = DiscriminatorConfig(start="1", warmup=1, ramp=1, channels=4, layers=1)
@@ -44,13 +45,13 @@ class Stage(NamedTuple):
         self.root.mkdir()
 
     def left(self) -> dict[str, Any]:
-        """What lies below the root, file by file, without what differs from run to run: clocks."""
-        files = (path for path in sorted(self.root.rglob("*")) if path.is_file())
+        """What lies below the root, file by file, without clocks and the locks of killed processes."""
+        files = (x for x in sorted(self.root.rglob("*")) if x.is_file() and x.name != LOCK)
         return {str(path.relative_to(self.root)): _content(path) for path in files}
 
     def temporaries(self) -> list[str]:
         """What only a command at work may have there."""
-        marks = (TEMPORARY_MARK, ".parts", ".part", ".lock")
+        marks = (TEMPORARY_MARK, ".parts", ".part")
         names = (str(path.relative_to(self.root)) for path in self.root.rglob("*"))
         return [name for name in names if any(mark in name for mark in marks)]
 
