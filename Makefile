@@ -20,7 +20,7 @@ test-slow: setup-dev ## Run the tests that take minutes
 
 check: setup-dev lint types layers test ## All that CI runs: lint, types, import contracts, tests, docs
 
-faults: setup-dev ## Flip 1,000 bits of everything written, feed 10,000 broken inputs to every reader
+faults: setup-dev ## Flip 1,000 bits of everything, 10,000 broken inputs, fail every call that writes, lose power, take safeties away
 	$(BIN)/pytest -m faults tests
 
 audit: setup-dev ## Compare constraints.txt with the known vulnerabilities (asks pypi.org)

@@ -156,11 +156,17 @@ def remove(path: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Ask the operating system to have `path` (a file or a directory) on disk."""
+    """Ask the operating system to have `path` (a file or a directory) on disk.
+
+    Raises:
+        OSError: it cannot; the error names the path.
+    """
     if os.name == "nt" and path.is_dir():
         return  # Windows has no handle for this; it writes directories through
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # which does not say of what
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)

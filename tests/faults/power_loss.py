@@ -40,7 +40,15 @@ class Contents(NamedTuple):
     written: bytes
 
 
-def steps_of(trace: Sequence[Call]) -> list[Step]:
+class History(NamedTuple):
+    """A run, call by call."""
+
+    steps: list[Step]
+    contents: list[dict[int, Contents]]
+    """Of all files before each step, and at the end."""
+
+
+def history_of(trace: Sequence[Call]) -> History:
     """The calls of a run in a directory that was empty before."""
     tree: dict[int, dict[str, int]] = defaultdict(dict)
 
@@ -66,12 +74,12 @@ def steps_of(trace: Sequence[Call]) -> list[Step]:
             links = (*links, (find(target.parent), target.name, node))
         _apply(tree, links)
         steps.append(Step(call.kind, node, links, call.place, call.data))
-    return steps
+    return History(steps, _contents(steps))
 
 
-def states(steps: Sequence[Step], cut: int, seeds: Iterable[int]) -> list[State]:
+def states(history: History, cut: int, seeds: Iterable[int]) -> list[State]:
     """What may be there if the power goes before step `cut`: both extremes, and some in between."""
-    contents = _contents(steps[:cut])
+    steps, contents = history.steps, history.contents[cut]
     flushed = {
         folder: max(n for n, step in enumerate(steps[:cut]) if _flushes(step, folder))
         for folder in {step.node for step in steps[:cut] if step.kind == "fsync"}
@@ -101,9 +109,9 @@ def states(steps: Sequence[Step], cut: int, seeds: Iterable[int]) -> list[State]
     return found
 
 
-def committed(steps: Sequence[Step], cut: int) -> dict[str, bytes]:
+def committed(history: History, cut: int) -> dict[str, bytes]:
     """What must be there: files renamed into a directory that was flushed since, until they are removed."""
-    contents = _contents(steps[:cut])
+    steps, contents = history.steps, history.contents[cut]
     waiting: dict[int, set[int]] = defaultdict(set)
     safe: set[int] = set()
     tree: dict[int, dict[str, int]] = defaultdict(dict)
@@ -151,17 +159,20 @@ def _flushes(step: Step, node: int) -> bool:
     return step.kind == "fsync" and step.node == node
 
 
-def _contents(steps: Sequence[Step]) -> dict[int, Contents]:
-    written: dict[int, bytearray] = {}
-    flushed: dict[int, bytes] = {}
+def _contents(steps: Sequence[Step]) -> list[dict[int, Contents]]:
+    moments: list[dict[int, Contents]] = [{}]
     for step in steps:
+        now = dict(moments[-1])
+        flushed, written = now.get(step.node, Contents(b"", b""))
         if step.kind in ("create", "truncate"):
-            written[step.node] = bytearray()
+            now[step.node] = Contents(flushed, b"")
         elif step.kind == "write":
-            written[step.node][step.place : step.place + len(step.data)] = step.data
-        elif step.kind == "fsync" and step.node in written:
-            flushed[step.node] = bytes(written[step.node])
-    return {node: Contents(flushed.get(node, b""), bytes(data)) for node, data in written.items()}
+            stop = step.place + len(step.data)
+            now[step.node] = Contents(flushed, written[: step.place] + step.data + written[stop:])
+        elif step.kind == "fsync" and step.node in now:
+            now[step.node] = Contents(written, written)
+        moments.append(now)
+    return moments
 
 
 def _some(steps: Sequence[Step], changes: list[int], kept: set[int], draw: random.Random) -> list:

@@ -17,7 +17,7 @@ from torch import nn
 from ldmkit.errors import StorageError
 from ldmkit.training.checkpoint import TrainingState, saved_checkpoints, step_of
 
-SHORT = 3
+SHORT = 2
 """Failing calls of each command in the default tier."""
 HARMLESS = ("rmdir", "unlink")
 """Clearing away what is not needed any more may fail: the next run sweeps it."""
@@ -56,8 +56,8 @@ def fail_once(
         assert os.strerror(code) in said, (where, said)
         assert str(stage.root) in said, (where, said)
     assert stage.problems() == [], where
-    steps = power_loss.steps_of(watch.trace)
-    for path, data in power_loss.committed(steps, len(steps)).items():
+    history = power_loss.history_of(watch.trace)
+    for path, data in power_loss.committed(history, len(watch.trace)).items():
         assert (stage.root / path).read_bytes() == data, (where, path)
     again = run(*stage.arguments)
     assert again.returncode == 0, (where, again.stderr)
