@@ -92,6 +92,38 @@ def test_unfinished_samples_of_another_command_stay(stages, run):
     assert not parts.exists()
 
 
+def test_checkpoints_that_a_stopped_run_could_not_drop_go_with_the_next_save(tmp_path):
+    state = TrainingState(tmp_path, {"network": nn.Linear(2, 2)}, {})
+    for step in (1, 2):
+        state.save(step)
+    with watched(Watch(tmp_path)) as watch:
+        state.save(3)
+    dropping = next(n for n, one in enumerate(watch.attempts) if "step-000000001.tmp" in one)
+    shutil.rmtree(tmp_path / "checkpoints")
+    for step in (1, 2):
+        state.save(step)
+    with pytest.raises(StorageError, match="cannot remove"), watched(Watch(tmp_path, dropping)):
+        state.save(3)
+    again = TrainingState(tmp_path, {"network": nn.Linear(2, 2)}, {})
+    assert again.load_latest(torch.device("cpu")) == 3
+    again.save(3)
+    assert [step_of(path) for path in saved_checkpoints(state.directory)] == [2, 3]
+
+
+def test_the_only_whole_checkpoint_never_goes(tmp_path):
+    state = TrainingState(tmp_path, {"network": nn.Linear(2, 2)}, {})
+    for step in (1, 2):
+        state.save(step)
+    shutil.copytree(
+        tmp_path / "checkpoints/step-000000002", tmp_path / "checkpoints/step-000000003"
+    )
+    for step in (2, 3):
+        (tmp_path / f"checkpoints/step-00000000{step}/state.safetensors").write_bytes(b"x")
+    assert state.load_latest(torch.device("cpu")) == 1
+    state.save(1)
+    assert state.load_latest(torch.device("cpu")) == 1
+
+
 def test_checkpoints_go_only_when_a_newer_one_is_whole(tmp_path):
     state = TrainingState(tmp_path, {"network": nn.Linear(2, 2)}, {})
     for step in (1, 2):

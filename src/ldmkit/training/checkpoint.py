@@ -74,8 +74,16 @@ class TrainingState:
             NonFiniteError: a weight or moment is not a finite number; nothing is saved or dropped.
             StorageError: it cannot be written; the former checkpoints stay.
         """
-        if step == self.saved_step or not ranks.first():
+        if not ranks.first():
             return
+        if step != self.saved_step:
+            self._commit(step)
+        for old in saved_checkpoints(self.directory)[:-KEEP]:
+            # what is newer than a state that was saved or read may be damaged
+            if step_of(old) < step and step_of(old) != self.lasting:
+                drop_directory(old)
+
+    def _commit(self, step: int) -> None:
         target = self.directory / f"step-{step:09d}"
         tensors = self._tensors()
         _require_finite(tensors, step)
@@ -90,9 +98,6 @@ class TrainingState:
                 facts={"step": step},
             )
         self.saved_step = step
-        for old in saved_checkpoints(self.directory)[:-KEEP]:
-            if step_of(old) != self.lasting:
-                drop_directory(old)
 
     def load_latest(self, device: torch.device) -> int:
         """Restore the newest whole checkpoint; returns the step to go on with, 0 for a new run.
