@@ -20,7 +20,7 @@ test-slow: setup-dev ## Run the tests that take minutes
 
 check: setup-dev lint types layers test ## All that CI runs: lint, types, import contracts, tests, docs
 
-faults: setup-dev ## Flip 1,000 bits of everything written, feed readers 10,000 broken inputs, kill commands 400 times
+faults: setup-dev ## Flip bits, feed broken inputs, kill, fail every call that writes, lose power, take safeties away: hours
 	$(BIN)/pytest -m faults tests
 
 audit: setup-dev ## Compare constraints.txt with the known vulnerabilities (asks pypi.org)

@@ -62,7 +62,7 @@ def check_path(path: Path) -> Iterator[Checked]:
 def check_folder(folder: Path, names: list[str]) -> Iterator[Checked]:
     """The files of one directory, by themselves and with one another."""
     manifest, shards = None, {}
-    if MANIFEST in names and TEMPORARY_MARK not in folder.name:  # there it was just being written
+    if MANIFEST in names and TEMPORARY_MARK not in str(folder):  # else on its way, or given up
         try:
             manifest = read_manifest(folder)
             shards = {entry.name: entry for entry in manifest.shards}

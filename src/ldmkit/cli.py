@@ -46,6 +46,8 @@ from ldmkit.errors import (
 from ldmkit.options import command_function
 
 BROKEN_PIPE, CTRL_C = 141, 130
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ESTALE}
+"""What an OSError says that is no fault of the command: no room, or a disk that fails."""
 COMMANDS: dict[str, type[configs.Config]] = {
     "check": data_configs.CheckConfig,
     "split": data_configs.SplitConfig,
@@ -292,7 +294,7 @@ def _as_known(error: BaseException) -> LdmkitError | None:
         )
     if isinstance(error, PermissionError | IsADirectoryError | FileNotFoundError):
         return DataError(f"{error.filename}: {error.strerror}")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
         return StorageError(f"{error.filename or 'writing'}: {error.strerror}")
     return None
 

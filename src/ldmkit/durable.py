@@ -31,7 +31,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     workshop = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
     temporary = workshop / path.name
     try:
-        workshop.mkdir(parents=True)
+        make_directory(path.parent)
+        workshop.mkdir()
         # safetensors leaves 0600 whatever the umask says; the directory has what it says, and asking
         # the umask itself would mean to change it, for all threads
         allowed = workshop.stat().st_mode & 0o666
@@ -55,7 +56,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
     try:
-        temporary.mkdir(parents=True)
+        make_directory(path.parent)
+        temporary.mkdir()
         yield temporary
         for inside in temporary.rglob("*"):
             flush_to_disk(inside)
@@ -66,6 +68,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, so that what is put there later outlasts a loss of power.
+
+    A new directory is an entry of the one above it, which has to be flushed like any other.
+
+    Raises:
+        OSError: one of them cannot be made, or is something else than a directory.
+    """
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    flush_to_disk(path.parent)
 
 
 def drop_directory(path: Path) -> None:
@@ -117,8 +134,13 @@ def sweep_temporaries(directory: Path, name: str = "*") -> None:
         directory: where to look.
         name: of the files whose remains go, or a pattern; others may be another process's at work.
     """
-    for leftover in directory.glob(f"{name}{TEMPORARY_MARK}*"):
+    for leftover in temporaries(directory, name):
         remove(leftover)
+
+
+def temporaries(directory: Path, name: str = "*") -> list[Path]:
+    """What lies unfinished in `directory`: a process is at work on it, or was killed."""
+    return list(directory.glob(f"{name}{TEMPORARY_MARK}*"))
 
 
 def remove(path: Path) -> None:
@@ -134,11 +156,17 @@ def remove(path: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Ask the operating system to have `path` (a file or a directory) on disk."""
+    """Ask the operating system to have `path` (a file or a directory) on disk.
+
+    Raises:
+        OSError: it cannot; the error names the path.
+    """
     if os.name == "nt" and path.is_dir():
         return  # Windows has no handle for this; it writes directories through
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # which does not say of what
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)

@@ -4,7 +4,9 @@ Built on `container`: what is written carries a fingerprint, what is read is che
 Nothing is ever unpickled.
 """
 
+import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from io import BufferedIOBase
 from pathlib import Path
@@ -72,13 +74,28 @@ def save(
     """
     ready, facts, checksums = _ready(tensors, facts)
     with atomic_file(path) as temporary:
-        safetensors.torch.save_file(ready, temporary, metadata(kind, config, facts, checksums))
+        write_tensors(temporary, ready, metadata(kind, config, facts, checksums))
         with temporary.open("r+b") as file:
             length = file.read(8)
             header = sealed_header(length + file.read(int.from_bytes(length, "little")))
             file.seek(0)
             file.write(header)
     return facts["fingerprint"]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+    """Safetensors' `save_file`, whose own error of a full disk is no OSError.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:
+        stated = re.search(r"\(os error (\d+)\)", str(error))
+        if stated is None:
+            raise
+        raise OSError(int(stated[1]), os.strerror(int(stated[1])), str(path)) from error
 
 
 def load(path: Path, *, kind: str) -> tuple[Header, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from ldmkit.durable import make_directory
 from ldmkit.errors import UsageError
 
 LOCK = ".lock"
@@ -48,7 +49,7 @@ def owned(directory: Path, part: str = "", *, patience: float | None = None) -> 
 
 def _acquire(lock: BaseFileLock, directory: Path, patience: float) -> None:
     while True:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         try:
             lock.acquire(timeout=patience)
         except FileNotFoundError:  # who had the directory has just removed it

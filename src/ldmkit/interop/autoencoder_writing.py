@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.durable import atomic_file
 from ldmkit.interop import diffusers_layout
 from ldmkit.interop.layout import Tensors
 from ldmkit.interop.reading import CONFIG, LEGACY_KEY, RESOLUTION_KEY, WEIGHTS_FILES
+from ldmkit.modelfile import write_tensors
 
 
 def write_autoencoder_folder(
@@ -50,4 +49,4 @@ def save_foreign(
         LEGACY_KEY: "true" if legacy else "false",
         RESOLUTION_KEY: str(preprocessing.size),
     }
-    safetensors.torch.save_file(tensors, path, metadata)
+    write_tensors(path, tensors, metadata)

@@ -9,8 +9,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
-
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.durable import atomic_directory, atomic_file, write_text
 from ldmkit.interop.autoencoder_writing import write_autoencoder_folder
@@ -25,6 +23,7 @@ from ldmkit.interop.layout import Tensors
 from ldmkit.interop.reading import CONFIG, WEIGHTS_FILES
 from ldmkit.interop.unet_layout import UNET_DIFFUSERS, to_foreign_unet
 from ldmkit.interop.whole_export import BothStages
+from ldmkit.modelfile import write_tensors
 from ldmkit.terminal import say
 
 
@@ -153,4 +152,4 @@ def _write_json(path: Path, page: dict[str, Any]) -> None:
 
 def _save(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     with atomic_file(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"format": "pt", **metadata})
+        write_tensors(temporary, tensors, {"format": "pt", **metadata})

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 
 from ldmkit.autoencoder.autoencoder import Autoencoder
@@ -28,6 +27,7 @@ from ldmkit.interop.sources import open_source
 from ldmkit.interop.unet_layout import LDM_PREFIX, UNET_LDM, to_foreign_unet
 from ldmkit.interop.whole_export import BothStages
 from ldmkit.latent_diffusion import LatentDiffusion
+from ldmkit.modelfile import write_tensors
 from ldmkit.terminal import say
 
 FIRST_STAGE_PREFIX = "first_stage_model."
@@ -83,7 +83,7 @@ def export_checkpoint(both: BothStages, out: Path) -> None:
     page = _config_page(both, scaled.factor)
     page += _first_stage_page(both.autoencoder, both.preprocessing)
     with atomic_file(out.with_suffix(".yaml")) as beside, atomic_file(out) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata)
+        write_tensors(temporary, tensors, metadata)
         difference = _compare(both.model, both.autoencoder, temporary)
         if not all(value <= TOLERANCE for value in difference):
             raise DataError(

@@ -72,9 +72,14 @@ class Listing:
         trace: TracebackType | None,
     ) -> None:
         """Close the journal; without an error, make it part of the list."""
-        self._file.close()
-        if kind is None:
-            self._commit()
+        try:
+            self._file.close()
+            if kind is None:
+                self._commit()
+        except OSError as close_error:
+            raise StorageError(
+                f"cannot write {self._journal}: {close_error.strerror}"
+            ) from close_error
 
     def record(self, file: str) -> Provenance | None:
         """What a picture was made of; None if it is not known."""

@@ -16,7 +16,7 @@ from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.configs import STREAM
 from ldmkit.data.tar_members import END
 from ldmkit.decode_configs import DecodeConfig
-from ldmkit.durable import atomic_file, sweep_temporaries
+from ldmkit.durable import atomic_file, make_directory, sweep_temporaries
 from ldmkit.errors import DataError, UsageError
 from ldmkit.modelfile import versions
 from ldmkit.networks.seamless import AXES, wrap_convolutions
@@ -82,7 +82,7 @@ def decode(
     if config.tile:
         compute_in_tiles(model, config.tile, exact=config.tiling == "exact", scratch=config.scratch)
     if config.tar is None:
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_directory(config.out)
         if config.part == (1, 1):  # else what is unfinished may be another job's at work
             sweep_temporaries(config.out)
     small: dict[int, Thumbnail] = {}  # by number: what is there already comes before its time
@@ -266,7 +266,7 @@ def _tar(
         if path == STREAM and output is not None:
             file: Any = output
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             sweep_temporaries(path.parent, path.name)
             file = stack.enter_context(stack.enter_context(atomic_file(path)).open("wb"))
 

@@ -38,6 +38,7 @@ from ldmkit.data.locations import shown
 from ldmkit.data.order import generator_for, indices_of_step, seed_for
 from ldmkit.data.sources import open_source
 from ldmkit.data.survey import usable_items
+from ldmkit.durable import sweep_temporaries, temporaries
 from ldmkit.errors import CollapseError, InterruptedRun, UsageError
 from ldmkit.metrics.reconstruction import psnr
 from ldmkit.pixels import grid, to_pixels
@@ -73,7 +74,7 @@ def train_ae(config: TrainAEConfig) -> Path:
         CollapseError: adversarial training broke down, and again after it was set back.
     """
     result = config.out / "autoencoder.safetensors"
-    if finished(as_begun(config), result):
+    if finished(as_begun(config), result) and not temporaries(config.out, "**/*"):
         return result
     with ranks.joined(config.device, config.out):
         return _trained(as_begun(config), result)
@@ -82,6 +83,8 @@ def train_ae(config: TrainAEConfig) -> Path:
 def _trained(config: TrainAEConfig, result: Path) -> Path:
     """The run in a directory that no other process writes to, but for those of the run itself."""
     if finished(config, result):  # by who had the directory before
+        if ranks.first():
+            sweep_temporaries(config.out, "**/*")
         return result
     if config.autoencoder.bottleneck == "identity":
         open_run(config)

@@ -35,6 +35,7 @@ from ldmkit.diffusion_step import (
     take_step,
 )
 from ldmkit.drawing import Manner, draw_latents, guide_together
+from ldmkit.durable import sweep_temporaries, temporaries
 from ldmkit.errors import InterruptedRun, NonFiniteError, UsageError
 from ldmkit.facts import DiffusionFacts
 from ldmkit.held_back import VALIDATED, VALUES, HeldBack, as_sentence, held_back_latents, validate
@@ -92,7 +93,7 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
         NonFiniteError: too many updates in a row had to be left out; the state is saved.
     """
     result = config.out / "diffusion.safetensors"
-    if finished(as_begun(config), result):
+    if finished(as_begun(config), result) and not temporaries(config.out, "**/*"):
         return result
     with ranks.joined(config.device, config.out):
         return _trained(as_begun(config), result, stream)
@@ -101,6 +102,8 @@ def train_diffusion(config: TrainDiffusionConfig, stream: BufferedIOBase | None 
 def _trained(config: TrainDiffusionConfig, result: Path, stream: BufferedIOBase | None) -> Path:
     """The run in a directory that no other process writes to, but for those of the run itself."""
     if finished(config, result):  # by who had the directory before
+        if ranks.first():
+            sweep_temporaries(config.out, "**/*")
         return result
     device = pick_device(config.device)
     latents_at = latents_of(config, stream)

@@ -80,7 +80,8 @@ class TrainingState:
             self._commit(step)
         # also where this very step was loaded: the process that saved it may have been killed before this
         for old in saved_checkpoints(self.directory)[:-KEEP]:
-            if step_of(old) != self.lasting:
+            # what is newer than a state that was saved or read may be damaged
+            if step_of(old) < step and step_of(old) != self.lasting:
                 drop_directory(old)
 
     def _commit(self, step: int) -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ldmkit.configfile import config_page, first_difference, read_run_config
 from ldmkit.configs import TrainingConfig
 from ldmkit.container import read_header
-from ldmkit.durable import TEMPORARY_MARK, sweep_temporaries, write_text
+from ldmkit.durable import TEMPORARY_MARK, make_directory, sweep_temporaries, write_text
 from ldmkit.errors import UsageError
 from ldmkit.fields import seconds
 from ldmkit.ownership import LOCK, owned
@@ -33,8 +33,8 @@ def open_run(config: TrainingConfig) -> None:
     """
     if not ranks.first():
         return
-    config.out.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(config.out)
+    make_directory(config.out)
+    sweep_temporaries(config.out, "**/*")
     require_same_run(config)
     write_text(config.out / CONFIG_FILE, config_page(config))
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldmkit.durable import atomic_file, sweep_temporaries, write_text
-from ldmkit.errors import NonFiniteError, UsageError
+from ldmkit.durable import atomic_file, flush_to_disk, sweep_temporaries, write_text
+from ldmkit.errors import NonFiniteError, StorageError, UsageError
 from ldmkit.pixels import Sheet, save_png
 from ldmkit.seals import CHECKSUM, line_state, lines_of, sealed_line
 from ldmkit.terminal import say
@@ -113,8 +112,11 @@ class RunLog:
         """Append one line; none that the step which the run goes on with has already."""
         if not self._writes or (step == self._start and frozenset(scalars) in self._there):
             return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(sealed_line(json.dumps({"step": step, **scalars})) + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(sealed_line(json.dumps({"step": step, **scalars})) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {self.file}: {error.strerror or error}") from error
         for name, value in scalars.items():
             if self._events is not None:
                 self._events.add_scalar(name, value, step)
@@ -131,8 +133,13 @@ class RunLog:
     def flush(self) -> None:
         """Have all lines on disk (called beside each checkpoint)."""
         if self._writes and self.file.exists():
-            with self.file.open("a") as file:
-                os.fsync(file.fileno())
+            try:
+                flush_to_disk(self.file)
+                flush_to_disk(self.run)  # a new file is an entry of its directory
+            except OSError as error:
+                raise StorageError(
+                    f"cannot write {self.file}: {error.strerror or error}"
+                ) from error
 
     def _cut(self, start: int) -> None:
         if not self.file.exists():
