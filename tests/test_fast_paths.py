@@ -1,11 +1,14 @@
 """Faster ways to compute the same: each beside the plain one."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from ldmkit import heap
 from ldmkit.diffusion_configs import UNetConfig
 from ldmkit.networks import inference
 from ldmkit.networks.attention import MANY_PAIRS, attend
@@ -169,3 +172,30 @@ def test_contexts_are_remembered_by_what_they_are():
         assert block.cross_attention.to_k(contexts[0]) is not block.cross_attention.to_k(
             contexts[0]
         )
+
+
+def test_a_training_command_keeps_its_heap():
+    """In a process of its own, since there is no way back: a large block is taken from the heap."""
+    script = (
+        "import ctypes, sys\n"
+        "from ldmkit.heap import keep_heap\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p\n"
+        "if sys.argv[1] == 'keep':\n"
+        "    assert keep_heap()\n"
+        "before = libc.sbrk(0)\n"
+        "block = libc.malloc(ctypes.c_size_t(1 << 28))\n"
+        "print(libc.sbrk(0) - before >= 1 << 28)\n"
+    )
+    grown = [
+        subprocess.run(
+            [sys.executable, "-c", script, word], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for word in ("leave", "keep")
+    ]
+    assert grown == ["False", "True"]
+
+
+def test_other_c_libraries_are_left_as_they_are(monkeypatch):
+    monkeypatch.setattr(heap.platform, "libc_ver", lambda: ("", ""))
+    assert not heap.keep_heap()
