@@ -174,7 +174,7 @@ def sample(workload: Workload, device: str, precision: Precision) -> Prepared:
         encodings, drawn = Encodings(), []
         for rows, kept in groups_of(workload.batch, workload.batch, place):
             noise = seeded_noise(rows.tolist())
-            told = {TEXT: tokens[rows]}
+            told = {TEXT: tokens[rows]} if workload.attends else {}
             size = (len(rows), *shape)
             latents = draw_latents(model, told, size, noise, manner, Origin(), encodings)
             drawn.append(latents[:kept].cpu())

@@ -42,7 +42,7 @@ class Predicting(NamedTuple):
 def diffusers_autoencoder(sizes: Sizes) -> Autoencoding:
     """`AutoencoderKL`."""
     levels = len(sizes.multipliers)
-    module = _imported("diffusers").AutoencoderKL(
+    module = _diffusers().AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -105,7 +105,7 @@ def diffusers_unet(sizes: Sizes, *, attends: bool) -> Predicting:
         "layers_per_block": sizes.blocks,
         "norm_num_groups": sizes.groups,
     }
-    package = _imported("diffusers")
+    package = _diffusers()
     if not attends:
         plain = package.UNet2DModel(
             down_block_types=("AttnDownBlock2D",) * levels,
@@ -165,6 +165,13 @@ def lpips_distance() -> nn.Module:
         warnings.simplefilter("ignore")  # its own, about torchvision
         module = package.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     return module.eval().requires_grad_(False)
+
+
+def _diffusers() -> Any:  # noqa: ANN401 - a module
+    """The package, which would say of each `.to()` that it is one."""
+    package = _imported("diffusers")
+    package.utils.logging.set_verbosity_error()
+    return package
 
 
 def _imported(name: str) -> Any:  # noqa: ANN401 - a module
