@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-weights faults audit check lint types layers docs format setup setup-dev clean
+.PHONY: help bench demo test test-slow test-weights faults audit check lint types layers docs format setup setup-dev clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ audit: setup-dev ## Compare constraints.txt with the known vulnerabilities (asks
 
 test-weights: setup-dev ## Run the tests on published weights: LDMKIT_TEST_WEIGHTS=directory make test-weights
 	$(BIN)/pytest -m weights
+
+bench: setup-dev ## Time ldmkit beside its peers, and whole stages: hours on 2 cores; wants an idle machine
+	$(PIP_INSTALL) --editable '.[bench]'
+	$(BIN)/python bench/compare.py all --memory --quiet 20 --processes 3 --json bench.json --markdown > bench.md
+	$(BIN)/python bench/stages.py --json stages.json
 
 lint: setup-dev ## Format and style
 	$(BIN)/ruff format --check .

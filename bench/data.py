@@ -206,7 +206,7 @@ def write_latents(
         entries.append(entry)
     manifest = Manifest(
         format="ldmkit.latents/1",
-        recipe={},
+        recipe={"autoencoder": "none"},  # as `train-diffusion` wants to know
         items="",
         count=shards * count,
         latent_shape=shape,
