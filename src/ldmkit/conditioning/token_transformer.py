@@ -5,6 +5,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ldmkit.networks.attention import attend
+
 FEED_FORWARD_FACTOR = 4
 
 Ids = Int[Tensor, "batch length"]
@@ -35,7 +37,7 @@ class SelfAttention(nn.Module):
             rearrange(projected, "b count (heads width) -> b heads count width", heads=self.heads)
             for projected in (self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         )
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attend(q, k, v)
         return self.to_out(rearrange(attended, "b heads count width -> b count (heads width)"))
 
 

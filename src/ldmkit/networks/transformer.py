@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from ldmkit.networks.attention import attend
 from ldmkit.networks.blocks import FeatureMap, Norm, Tokens, query_key_norms, zeroed
 
 FEED_FORWARD_FACTOR = 4
@@ -36,7 +37,7 @@ class Attention(nn.Module):
             rearrange(projected, "b count (heads width) -> b heads count width", heads=self.heads)
             for projected in (self.to_q(tokens), self.to_k(context), self.to_v(context))
         )
-        attended = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
+        attended = attend(self.norm_q(q), self.norm_k(k), v)
         return self.to_out(rearrange(attended, "b heads count width -> b count (heads width)"))
 
 
