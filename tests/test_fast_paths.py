@@ -1,11 +1,21 @@
 """Faster ways to compute the same: each beside the plain one."""
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from ldmkit import heap
+from ldmkit.diffusion_configs import UNetConfig
+from ldmkit.networks import inference
 from ldmkit.networks.attention import MANY_PAIRS, attend
 from ldmkit.networks.blocks import Upsample
+from ldmkit.networks.inference import compute_in_bfloat16, packing_works, remember_contexts
+from ldmkit.networks.transformer import TransformerBlock
+from ldmkit.networks.unet import UNet
 
 
 def drawn(*shape, dtype=torch.float32):
@@ -74,3 +84,118 @@ def test_a_result_does_not_depend_on_the_batch_in_the_way_it_is_computed(monkeyp
     assert len(ways) == 2
     layer(drawn(64, 8, 2, 2))  # too few pixels for its channels
     assert len(ways) == 2
+
+
+def small_unet():
+    torch.manual_seed(0)
+    config = UNetConfig(
+        channels=16,
+        multipliers=(1, 2),
+        residual_blocks=1,
+        attention_factors=(1, 2),
+        head_channels=8,
+        norm_groups=8,
+        context_channels=12,
+    )
+    network = UNet(config, in_channels=4, out_channels=4, use_tokens=True).eval()
+    for weight in network.parameters():  # nothing starts silent
+        torch.nn.init.normal_(weight, std=0.1)
+    return network.requires_grad_(False)
+
+
+def relative(found, right):
+    return float((found.float() - right).norm() / right.norm())
+
+
+@torch.no_grad()
+def test_packed_bfloat16_is_as_near_to_float32_as_bfloat16_is():
+    network = small_unet()
+    x, tokens, times = drawn(2, 4, 8, 8), drawn(2, 5, 12), torch.tensor([3.0, 999.0])
+    right = network(x, times, None, tokens)
+    low = [part.bfloat16() for part in (x, tokens)]
+    plain = copy.deepcopy(network).bfloat16()(low[0], times, None, low[1])
+    compute_in_bfloat16(network)
+    packed = network(low[0], times, None, low[1])
+    assert packed.dtype == torch.bfloat16
+    assert 0.0 < relative(packed, right) <= 1.5 * relative(plain, right) < 0.05
+    for size in (4, 12, 16, 20, 24, 8):  # more shapes than are kept
+        assert (
+            network(drawn(1, 4, size, size).bfloat16(), times[:1], None, low[1][:1])
+            .isfinite()
+            .all()
+        )
+    assert torch.equal(packed, network(low[0], times, None, low[1]))
+
+
+def test_packed_layers_let_gradients_through():
+    network = small_unet()
+    plain = copy.deepcopy(network).bfloat16()
+    compute_in_bfloat16(network)
+    x, tokens = drawn(1, 4, 8, 8).bfloat16(), drawn(1, 5, 12).bfloat16()
+    gradients = []
+    for one in (plain, network):
+        given = x.clone().requires_grad_()
+        one(given, torch.tensor([7.0]), None, tokens).sum().backward()
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)
+
+
+def test_where_torch_has_no_packing_the_layers_stay(monkeypatch):
+    def missing(*args):
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(inference, "_packed_linear", missing)
+    packing_works.cache_clear()
+    try:
+        assert not packing_works()
+        network = small_unet()
+        compute_in_bfloat16(network)
+        assert network.dtype == torch.bfloat16
+        assert not any("forward" in vars(layer) for layer in network.modules())
+    finally:
+        packing_works.cache_clear()
+
+
+@torch.no_grad()
+def test_contexts_are_remembered_by_what_they_are():
+    network, remembering = small_unet(), small_unet()
+    remember_contexts(remembering)
+    block = next(one for one in remembering.modules() if isinstance(one, TransformerBlock))
+    x, times = drawn(2, 4, 8, 8), torch.tensor([3.0, 5.0])
+    contexts = [drawn(2, 5, 12) + shift for shift in (0.0, 1.0, 2.0)]
+    for context in (*contexts, contexts[1], contexts[0]):
+        right = network(x, times, None, context)
+        assert torch.equal(remembering(x, times, None, context), right)
+        keys = block.cross_attention.to_k(context)
+        assert block.cross_attention.to_k(context) is keys
+    with torch.enable_grad():
+        assert block.cross_attention.to_k(contexts[0]) is not block.cross_attention.to_k(
+            contexts[0]
+        )
+
+
+def test_a_training_command_keeps_its_heap():
+    """In a process of its own, since there is no way back: a large block is taken from the heap."""
+    script = (
+        "import ctypes, sys\n"
+        "from ldmkit.heap import keep_heap\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p\n"
+        "if sys.argv[1] == 'keep':\n"
+        "    assert keep_heap()\n"
+        "before = libc.sbrk(0)\n"
+        "block = libc.malloc(ctypes.c_size_t(1 << 28))\n"
+        "print(libc.sbrk(0) - before >= 1 << 28)\n"
+    )
+    grown = [
+        subprocess.run(
+            [sys.executable, "-c", script, word], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for word in ("leave", "keep")
+    ]
+    assert grown == ["False", "True"]
+
+
+def test_other_c_libraries_are_left_as_they_are(monkeypatch):
+    monkeypatch.setattr(heap.platform, "libc_ver", lambda: ("", ""))
+    assert not heap.keep_heap()

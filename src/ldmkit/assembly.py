@@ -18,7 +18,10 @@ from ldmkit.facts import AutoencoderFacts, Depth, DiffusionFacts, validated
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.modelfile import load, require_tensors, save, versions
 from ldmkit.networks.blocks import Norm
+from ldmkit.networks.inference import compute_in_bfloat16, remember_contexts
+from ldmkit.precision_configs import Precision
 from ldmkit.terminal import say
+from ldmkit.training.runtime import in_bfloat16
 
 
 def build_autoencoder(config: AutoencoderConfig, preprocessing: PreprocessingConfig) -> Autoencoder:
@@ -67,8 +70,12 @@ def save_autoencoder(
     )
 
 
-def load_autoencoder(path: Path | str, device: torch.device | str = "cpu") -> Autoencoder:
+def load_autoencoder(
+    path: Path | str, device: torch.device | str = "cpu", precision: Precision = "fp32"
+) -> Autoencoder:
     """The autoencoder of a model file, ready to encode and decode (evaluation mode, no gradients).
+
+    Pictures and latents go in and come out in float32 whatever the precision.
 
     Raises:
         DataError: the file is missing, damaged, or no autoencoder.
@@ -79,7 +86,11 @@ def load_autoencoder(path: Path | str, device: torch.device | str = "cpu") -> Au
     model = Autoencoder(config, facts.image_channels)
     require_tensors(model.state_dict(), tensors, str(path))
     model.load_state_dict(tensors)
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if in_bfloat16(model.device, precision):
+        for network in (model.encoder, model.to_moments, model.from_latents, model.decoder):
+            compute_in_bfloat16(network)
+    return model
 
 
 def init_autoencoder(model: Autoencoder, path: Path) -> list[str]:
@@ -103,6 +114,11 @@ def init_autoencoder(model: Autoencoder, path: Path) -> list[str]:
 def autoencoder_facts(path: Path) -> AutoencoderFacts:
     """What an autoencoder file says of itself, from its header alone."""
     return validated(AutoencoderFacts, read_header(path).facts, str(path))
+
+
+def precision_for(facts: AutoencoderFacts, precision: Precision) -> Precision:
+    """What `auto` leaves open for pictures of this autoencoder: more than 8 bits need float32."""
+    return "fp32" if precision == "auto" and facts.depth != "uint8" else precision
 
 
 def preprocessing_of(facts: AutoencoderFacts, size: int | None) -> PreprocessingConfig:
@@ -188,8 +204,12 @@ def save_diffusion(path: Path, model: LatentDiffusion, facts: DiffusionFacts) ->
     )
 
 
-def load_diffusion(path: Path | str, device: torch.device | str = "cpu") -> LatentDiffusion:
+def load_diffusion(
+    path: Path | str, device: torch.device | str = "cpu", precision: Precision = "fp32"
+) -> LatentDiffusion:
     """The diffusion model of a file, ready to denoise (evaluation mode, no gradients).
+
+    Latents go in and come out in float32 whatever the precision, which is that of the U-Net.
 
     Raises:
         DataError: the file is missing, damaged, or no diffusion model.
@@ -198,7 +218,11 @@ def load_diffusion(path: Path | str, device: torch.device | str = "cpu") -> Late
     model = LatentDiffusion(validated(DiffusionConfig, header.config, str(path)))
     require_tensors(model.state_dict(), tensors, str(path))
     model.load_state_dict(tensors)
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if in_bfloat16(model.latent_mean.device, precision):
+        compute_in_bfloat16(model.unet)
+    remember_contexts(model.unet)
+    return model
 
 
 def diffusion_facts(path: Path) -> DiffusionFacts:

@@ -43,6 +43,7 @@ from ldmkit.errors import (
     StorageError,
     UsageError,
 )
+from ldmkit.heap import keep_heap
 from ldmkit.options import command_function
 
 BROKEN_PIPE, CTRL_C = 141, 130
@@ -72,6 +73,8 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "export": interchange_configs.ExportConfig,
 }
 """Command -> its config; the function of the same name in `ldmkit` does the work."""
+TRAINS = {"train-ae", "train-diffusion"}
+"""Commands whose every step takes and frees as much memory as the one before."""
 INPUTS = {"train-diffusion": "latents"}
 """Commands that can read standard input -> the field that says so; some others can too."""
 REPORTS_ON = {"inspect": "path", "spread": "samples"}
@@ -150,6 +153,8 @@ def run_command(
         as_json: print the report as JSON.
     """
     terminal.be_quiet(quiet)
+    if name in TRAINS:
+        keep_heap()
     code = 0
     with _guarded_stdout() as output:
         try:

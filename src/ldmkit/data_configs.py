@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ldmkit.fields import Count, Fraction, Names, Positive, ValueRange, argument, field
 from ldmkit.labelmap_configs import LabelMapConfig
+from ldmkit.precision_configs import InferencePrecisionConfig
 from ldmkit.tower_configs import ImageTowerConfig
 
 SourceFormat = Literal[
@@ -122,7 +123,7 @@ TILING = (
 SCRATCH = "Directory for the feature maps of exact tiles, where main memory is too small"
 
 
-class EncodeConfig(SourceConfig, ImageTowerConfig):
+class EncodeConfig(SourceConfig, ImageTowerConfig, InferencePrecisionConfig):
     """Turn pictures into a set of latents, once; writes OUT/*.safetensors and OUT/manifest.json."""
 
     ae: Path = field(Path("runs/ae/autoencoder.safetensors"), "Autoencoder file")
@@ -216,6 +217,8 @@ class EncodeConfig(SourceConfig, ImageTowerConfig):
             raise ValueError("--add keeps a set and --force replaces it: give one of them")
         if str(self.out) == "-" and (self.add or self.jobs):
             raise ValueError("--add and --jobs write to a directory: give --out")
+        if self.tile and self.precision == "bf16":
+            raise ValueError("--tile computes in float32: leave out --precision bf16")
         return self
 
     @model_validator(mode="after")

@@ -8,13 +8,14 @@ from pydantic import Field, model_validator
 from ldmkit.canvas_configs import Seamless
 from ldmkit.configs import STREAM
 from ldmkit.data_configs import SCRATCH, TILE, TILING, Job
-from ldmkit.fields import Config, Count, Positive, argument, field
+from ldmkit.fields import Count, Positive, argument, field
+from ldmkit.precision_configs import InferencePrecisionConfig
 
 PictureFormat = Literal["png", "jpg", "webp", "png16", "tiff", "tiff16", "tiff32", "npy"]
 AnimationFormat = Literal["webp", "gif"]
 
 
-class DecodeConfig(Config):
+class DecodeConfig(InferencePrecisionConfig):
     """Turn sampled latents into pictures and a contact sheet of them; writes to OUT, or into a tar."""
 
     samples: Path = argument("Sample file; - reads standard input", STREAM)
@@ -99,6 +100,8 @@ class DecodeConfig(Config):
             raise ValueError(
                 "--resume knows pictures by their provenance: leave out --no-provenance"
             )
+        if self.tile and self.precision == "bf16":
+            raise ValueError("--tile computes in float32: leave out --precision bf16")
         if self.grid == "none" and (self.labels or self.columns):
             raise ValueError(
                 "--labels and --columns are of the contact sheet: leave out --grid none"

@@ -20,6 +20,7 @@ from ldmkit.fields import (
 from ldmkit.image_guide_configs import ImageGuideConfig
 from ldmkit.job_configs import SampleJobConfig
 from ldmkit.origin_configs import OriginConfig
+from ldmkit.precision_configs import InferencePrecisionConfig
 
 SamplerName = Literal[
     "ddpm",
@@ -90,7 +91,9 @@ class SamplerOptions(Config):
     )
 
 
-class SampleConfig(CanvasConfig, OriginConfig, ImageGuideConfig, SampleJobConfig):
+class SampleConfig(
+    CanvasConfig, OriginConfig, ImageGuideConfig, SampleJobConfig, InferencePrecisionConfig
+):
     """Draw latents from a diffusion model; to a file, or to standard output for `ldmkit decode`."""
 
     model: Path = argument("Diffusion model file")

@@ -85,8 +85,8 @@ class LatentDiffusion(nn.Module):
         return joined([self.condition_of(kind, values[kind]) for kind in self.conditioners])
 
     def condition_of(self, kind: str, values: torch.Tensor) -> Condition:
-        """What one of the conditions alone says to the network, from its received values."""
-        return self._conditioner(kind)(values)
+        """What one of the conditions alone says to the network, in its precision, from received values."""
+        return _as(self.unet.dtype, self._conditioner(kind)(values))
 
     def _conditioner(self, kind: str) -> Conditioner:
         return cast("Conditioner", self.conditioners[kind])
@@ -96,7 +96,15 @@ class LatentDiffusion(nn.Module):
         return denoiser(self._predict, self.schedule, self.parameterization)(x, sigma, condition)
 
     def _predict(self, x: Latents, timesteps: Sigmas, condition: Condition) -> Latents:
-        vector, tokens, channels, previous = condition
+        previous = condition.previous
         if previous is not None:
             previous = previous.repeat(len(x) // len(previous), 1, 1, 1)
-        return self.unet(x, timesteps, vector, tokens, channels, previous)
+        dtype = self.unet.dtype
+        vector, tokens, channels, previous = _as(dtype, condition._replace(previous=previous))
+        predicted = self.unet(x.to(dtype), timesteps, vector, tokens, channels, previous)
+        return predicted.to(x.dtype)
+
+
+def _as(dtype: torch.dtype, condition: Condition) -> Condition:
+    """The same condition in another precision; itself where it is that already."""
+    return Condition(*(None if part is None else part.to(dtype) for part in condition))

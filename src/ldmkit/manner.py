@@ -98,7 +98,8 @@ def _guide(config: SampleConfig, model: LatentDiffusion) -> Guide | None:
     """What guides, with everything that the options ask for."""
     if config.weaker is not None:
         found = Guide(
-            Guidance((config.weight,)), weaker=_weaker(config.weaker, config.model, model)
+            Guidance((config.weight,)),
+            weaker=_weaker(config.weaker, config.model, model),
         )
     elif config.guidance_of:
         found = _guide_by_each(config, model)
@@ -164,7 +165,9 @@ def _weaker(path: Path, beside: Path, model: LatentDiffusion) -> LatentDiffusion
     Raises:
         DataError: it makes other latents, or is told something else.
     """
-    weaker = load_diffusion(path, model.latent_mean.device)
+    weaker = load_diffusion(
+        path, model.latent_mean.device, "bf16" if model.unet.dtype == torch.bfloat16 else "fp32"
+    )
     facts, its_facts = diffusion_facts(beside), diffusion_facts(path)
     config, its_config = model.config, weaker.config
     same = {

@@ -36,7 +36,7 @@ from ldmkit.training.guard import NonFiniteGuard
 from ldmkit.training.memory import peak_bytes, pretended
 from ldmkit.training.optimizers import moment_bytes
 from ldmkit.training.run import with_batch_size
-from ldmkit.training.runtime import autocast_for, in_bfloat16, noise_from, pick_device
+from ldmkit.training.runtime import autocast_for, noise_from, pick_device, settled
 from ldmkit.training.snapshots import WIDTHS
 
 AnyStage = TypeVar("AnyStage", TrainAEConfig, TrainDiffusionConfig)
@@ -174,6 +174,6 @@ def _plain(config: AnyStage, device: torch.device) -> AnyStage:
     changes = {
         "batch_size": config.samples_per_step // config.accumulate * parts,
         "accumulate": parts,
-        "precision": "bf16" if in_bfloat16(device, config.precision) else "fp32",
+        "precision": settled(config.precision, device),
     }
     return config.model_copy(update=changes)

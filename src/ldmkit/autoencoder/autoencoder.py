@@ -44,6 +44,11 @@ class Autoencoder(nn.Module):
         return next((weight.device for weight in self.parameters()), torch.device("cpu"))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights; the identity works in float32."""
+        return next((weight.dtype for weight in self.parameters()), torch.float32)
+
+    @property
     def is_noisy(self) -> bool:
         """Whether its posteriors have a standard deviation."""
         return self.config.bottleneck == "kl"
@@ -61,7 +66,7 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Images) -> Posterior:
         """The posterior over latents `[b, z, h/f, w/f]`; h and w must be multiples of f."""
-        features = self.to_moments(self.encoder(images))
+        features = self.to_moments(self.encoder(images.to(self.dtype)))
         if self.codebook is not None:
             return QuantizedPosterior(features, self.codebook)
         return (GaussianPosterior if self.is_noisy else PointPosterior)(features)
@@ -70,4 +75,4 @@ class Autoencoder(nn.Module):
         """Images for raw latents; not clipped to [-1, 1]. A codebook quantises them first."""
         if self.codebook is not None:
             latents = self.codebook.quantize(latents)
-        return self.decoder(self.from_latents(latents))
+        return self.decoder(self.from_latents(latents.to(self.dtype))).to(latents.dtype)

@@ -163,7 +163,8 @@ class UNet(nn.Module):
         if (tokens is not None) != self.use_tokens:
             has = "attends to tokens, and got none" if self.use_tokens else "has no use for tokens"
             raise ValueError(f"this U-Net {has}: build it with use_tokens={not self.use_tokens}")
-        embedding = self.embed_time(timestep_embedding(timesteps, self.config.channels))
+        sinusoids = timestep_embedding(timesteps, self.config.channels)
+        embedding = self.embed_time(sinusoids.to(self.dtype))
         if vector is not None:
             embedding = embedding + vector
 
@@ -174,6 +175,11 @@ class UNet(nn.Module):
         for level in self.up:
             x = level(x, skips, embedding, tokens)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights, and of all that it is given but for the time."""
+        return self.conv_in.weight.dtype
 
     def _beside(
         self, x: FeatureMap, channels: FeatureMap | None, previous: FeatureMap | None

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmkit.assembly import autoencoder_facts, load_autoencoder, require_same_autoencoder
+from ldmkit.assembly import (
+    autoencoder_facts,
+    load_autoencoder,
+    precision_for,
+    require_same_autoencoder,
+)
 from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.configs import STREAM
@@ -45,7 +50,7 @@ from ldmkit.sample_blocks import (
     words_of,
 )
 from ldmkit.terminal import say, track
-from ldmkit.training.runtime import groups_of, pick_device
+from ldmkit.training.runtime import groups_of, pick_device, settled
 
 RECORD_VERSION = 1
 ANY = range(1 << 62)
@@ -77,8 +82,10 @@ def decode(
     source = "standard input" if config.samples == STREAM else str(config.samples)
     device = pick_device(config.device)
     facts = autoencoder_facts(config.ae)
+    precision = "fp32" if config.tile else precision_for(facts, config.precision)
+    config = config.model_copy(update={"precision": settled(precision, device)})
     manner = Manner(config, choose_format(config.format, facts), facts, device, source)
-    model = load_autoencoder(config.ae, device)
+    model = load_autoencoder(config.ae, device, config.precision)
     if config.tile:
         compute_in_tiles(model, config.tile, exact=config.tiling == "exact", scratch=config.scratch)
     if config.tar is None:
@@ -203,6 +210,8 @@ def _picture(block: Block, row: int, number: int, mine: range, manner: Manner) -
         as_decoded["quality"] = config.quality
     if config.tile and config.tiling == "independent":
         as_decoded["tile"] = config.tile
+    if config.precision == "bf16":
+        as_decoded["precision"] = "bf16"
     if manner.seamless != "none":
         as_decoded["seamless"] = manner.seamless
     if block.inpainted is not None:

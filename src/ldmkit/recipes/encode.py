@@ -8,7 +8,12 @@ from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
 
-from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
+from ldmkit.assembly import (
+    autoencoder_facts,
+    load_autoencoder,
+    precision_for,
+    preprocessing_of,
+)
 from ldmkit.autoencoder.latent_shards import Fill, Work, bytes_of, encode_shards
 from ldmkit.autoencoder.tiling import compute_in_tiles
 from ldmkit.conditioning.mask import Convention, fill_hole
@@ -46,7 +51,7 @@ from ldmkit.modelfile import save, write_message
 from ldmkit.ownership import owned
 from ldmkit.terminal import say, track
 from ldmkit.towers import Towers, towers_of
-from ldmkit.training.runtime import pick_device
+from ldmkit.training.runtime import pick_device, settled
 
 CONVENTIONS: dict[HoleFill, Convention] = {"black": "ldm", "grey": "sd"}
 
@@ -110,7 +115,8 @@ def _encoded(config: EncodeConfig, stream: BufferedIOBase | None) -> Path | None
     todo = [task for task in mine if task.number not in kept]
     if stream is None:
         require_room(config.out, bytes_of(config, facts, items_in(todo)), "the shards to come")
-    model = load_autoencoder(config.ae, pick_device(config.device)) if todo else None
+    precision = work.recipe["precision"] or "fp32"
+    model = load_autoencoder(config.ae, pick_device(config.device), precision) if todo else None
     if model is not None and config.tile:
         exact = config.tiling == "exact"
         compute_in_tiles(model, config.tile, exact=exact, scratch=config.scratch)
@@ -218,6 +224,8 @@ def plan_work(
     fill: Fill | None = None
     if holes is not None:
         fill = partial(fill_hole, convention=CONVENTIONS[config.hole_fill])
+    device = pick_device(config.device)
+    in_bfloat16 = settled(precision_for(facts, config.precision), device) == "bf16"
     recipe = {
         "autoencoder": facts.fingerprint,
         "preprocessing": preprocessing.model_dump(mode="json", exclude_none=True),
@@ -229,6 +237,7 @@ def plan_work(
         "lowres": lowres_recipe(lowres),
         "columns": stored,
         **recipe_of_columns(config, source, holes),
+        "precision": "bf16" if in_bfloat16 and not config.tile else None,
         **towers.recipes,
     }
     companions = Companions(lowres, holes)

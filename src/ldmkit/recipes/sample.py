@@ -36,12 +36,12 @@ from ldmkit.sample_parts import (
 from ldmkit.tensors import Latents
 from ldmkit.terminal import Track, say, track
 from ldmkit.training.interruption import Interruption
-from ldmkit.training.runtime import groups_of, pick_device
+from ldmkit.training.runtime import groups_of, pick_device, settled
 
 HOW = (
     *("grid", "eta", "guidance_combination", "guidance_interval", "guidance_rescale"),
     *("guidance_growth", "negative", "weaker", "guide_image", "guide_factor", "guide_scale"),
-    *("size", "tile", "tile_overlap", "seamless"),
+    *("size", "tile", "tile_overlap", "seamless", "precision"),
 )
 """Options that change samples, beside sampler, steps and weight."""
 BESIDE = {
@@ -123,7 +123,8 @@ def sample(
         )
     facts = diffusion_facts(config.model)
     device = pick_device(config.device)
-    model = load_diffusion(config.model, device)
+    config = config.model_copy(update={"precision": settled(config.precision, device)})
+    model = load_diffusion(config.model, device, config.precision)
     canvas = canvas_of(config, model, facts)
     facts = facts.model_copy(update={"latent_shape": canvas.shape})  # of what is drawn here
     manner = manner_of(config, model)._replace(tiling=canvas.tiling)

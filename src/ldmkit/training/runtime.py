@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -49,6 +49,11 @@ def autocast_for(
     if in_bfloat16(device, precision):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
+
+
+def settled(precision: str, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The precision that `--precision` means on this device."""
+    return "bf16" if in_bfloat16(device, precision) else "fp32"
 
 
 def in_bfloat16(device: torch.device, precision: str) -> bool:
