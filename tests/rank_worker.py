@@ -21,18 +21,45 @@ from ldmkit.data.images import TrainingImages
 from ldmkit.data.latent_set import LatentSet
 from ldmkit.recipes import train_ae, train_diffusion
 from ldmkit.training import ranks
+from ldmkit.training.sharding import local_elements, whole
 
 
 def digest(module: torch.nn.Module) -> str:
     """Of all weights."""
-    weights = [p.detach().flatten() for p in module.parameters()]
+    weights = [whole(p).detach().flatten() for p in module.parameters()]
     return hashlib.sha256(torch.cat(weights).numpy().tobytes()).hexdigest()
+
+
+def held(learner: Any) -> dict[str, list[int]]:
+    """How many numbers of the second stage this process holds, and how many there are."""
+    if not hasattr(learner, "tracked"):
+        return {}
+    moments = [
+        value
+        for optimizer in learner.optimizers.values()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    ]
+    weights = list(learner.model.parameters())
+    groups = {
+        "weights": weights,
+        "gradients": [p.grad for p in weights if p.grad is not None],
+        "average": list(learner.average.parameters()),
+        "tracked": [p for module in learner.tracked.values() for p in module.parameters()],
+        "moments": moments,
+    }
+    return {
+        name: [sum(map(local_elements, tensors)), sum(x.numel() for x in tensors)]
+        for name, tensors in groups.items()
+    }
 
 
 def run_job(job: dict[str, Any]) -> int:
     """Run a command in this process; leaves its exit code, the samples read and the weights' digests."""
     ids: list[Any] = []
     digests: list[str] = []
+    numbers: dict[str, list[int]] = {}
 
     def watched(take_step, place: int):
         def step(learners, config, *rest):
@@ -40,6 +67,7 @@ def run_job(job: dict[str, Any]) -> int:
                 send(job["signal"], rest[place])
             result = take_step(learners, config, *rest)
             digests.append(digest(learners.model))
+            numbers.update(held(learners))
             return result
 
         return step
@@ -76,7 +104,7 @@ def run_job(job: dict[str, Any]) -> int:
         except SystemExit as exit_:
             code = int(exit_.code or 0)
     rank = os.environ.get("RANK", "0")
-    left = {"code": code, "ids": ids, "digests": digests}
+    left = {"code": code, "ids": ids, "digests": digests, "held": numbers}
     Path(f"{job['record']}-{rank}.json").write_text(json.dumps(left))
     return code
 

@@ -65,6 +65,7 @@ class Left(NamedTuple):
     code: int
     ids: list[Any]
     digests: list[str]
+    held: dict[str, list[int]]
 
 
 def left(out: Path, processes: int = 1) -> list[Left]:
