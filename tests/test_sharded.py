@@ -7,12 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from conftest import diffusion_config
 from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.diffusion_configs import AverageConfig, ObjectiveConfig, UNetConfig
+from ldmkit.training.averages import averaged_copy, update_average
+from ldmkit.training.guard import step_unless_found
+from ldmkit.training.optimization import gradient_norm
+from ldmkit.training.sharding import (
+    gathered,
+    is_divided,
+    runnable,
+    shard,
+    shard_like,
+    whole,
+)
 from ldmkit.training.snapshots import snapshot_path, snapshot_steps
 from rank_worker import run_job
 from test_ranks import (
@@ -21,8 +34,10 @@ from test_ranks import (
     job,
     left,
     lines,
+    start,
     torchrun,
     torchrun_ends,
+    wait_for_steps,
     weights_of,
 )
 
@@ -139,10 +154,10 @@ def test_files_do_not_say_how_they_were_made(done):
 def test_one_process_goes_on_with_what_was_divided(done, pipeline, tmp_path):
     """From the checkpoint that two left, without and with the option, which one process has no use for."""
     found = []
-    for number, shard in enumerate(("none", "fsdp2")):
+    for number, divided in enumerate(("none", "fsdp2")):
         out = tmp_path / str(number)
         out.mkdir()
-        config = diffusion_config(pipeline.latents, out, **PLAIN | {"steps": 8}, shard=shard)
+        config = diffusion_config(pipeline.latents, out, **PLAIN | {"steps": 8}, shard=divided)
         shutil.copytree(done / "undisturbed" / "checkpoints", out / "checkpoints")
         assert run_job(job(config, pipeline.latents)) == 0
         assert len(left(out)[0].digests) == 2
@@ -156,14 +171,90 @@ def test_optimizers_that_need_whole_matrices_are_refused(optimizer, tmp_path):
         TrainDiffusionConfig(latents=tmp_path, shard="fsdp2", optimizer=optimizer)
 
 
+@pytest.fixture
+def alone():
+    """A group of one process, in which everything is divided by one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    yield
+    dist.destroy_process_group()
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_an_update_of_parts_is_left_out_on_the_device(alone, found):
+    """The way in which CUDA leaves it out, without asking the host."""
+    weights = []
+    for wanted in (False, True):
+        module = layers()
+        if wanted:
+            shard([*module, module], torch.device("cpu"))
+        optimizer = torch.optim.AdamW(module.parameters(), 0.1, fused=True)
+        module(torch.ones(5, 3)).square().sum().backward()
+        assert gradient_norm(module.parameters(), 0.5) > 1
+        step_unless_found(optimizer, torch.tensor(found))
+        weights.append([whole(p).clone() for p in module.parameters()])
+    for one, other, before in zip(*weights, layers().parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-6)
+        assert torch.equal(other, before) == bool(found)
+
+
+def test_clipping_takes_parts_and_whole_weights_together(alone):
+    module, other = layers(), nn.Parameter(torch.ones(2))
+    shard([*module, module], torch.device("cpu"))
+    module(torch.ones(5, 3)).square().sum().backward()
+    other.grad = torch.full((2,), 3.0)
+    parameters = [*module.parameters(), other]
+    gradients = torch.cat([whole(p.grad).flatten() for p in parameters if p.grad is not None])
+    assert gradient_norm(parameters, 1.0) == pytest.approx(gradients.norm().item())
+    clipped = torch.cat([whole(p.grad).flatten() for p in parameters if p.grad is not None])
+    assert torch.allclose(clipped, gradients / gradients.norm(), rtol=1e-4)
+
+
+def test_copies_are_divided_and_made_whole_again(alone):
+    module = layers()
+    average = averaged_copy(module)
+    shard([*module, module], torch.device("cpu"))
+    shard_like(average, module)
+    assert all(map(is_divided, average.parameters()))
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(1.0)
+    update_average(average, module, 0.5)
+    complete = runnable(average)
+    assert not any(map(is_divided, complete.parameters()))
+    for one, before in zip(complete.parameters(), layers().parameters(), strict=True):
+        assert torch.allclose(one, before + 0.5)
+    names = dict(complete.named_parameters())
+    assert all(torch.equal(x, names[name]) for name, x in gathered(average.state_dict()).items())
+
+
+@pytest.mark.slow
+def test_the_death_of_one_is_told_by_the_other(pipeline, tmp_path):
+    settings = {"steps": 10_000, "sample_every": 10_000, "save_every": 10_000}
+    config = diffusion_config(pipeline.latents, tmp_path / "run", **settings, **SHARED)
+    file = job(config, pipeline.latents)["config"]
+    started = start(file, pipeline.latents, "train-diffusion")
+    wait_for_steps(config.out, started)
+    started.processes[1].kill()
+    assert started.codes() == [1, -9]
+    said = [process.communicate() for process in started.processes]
+    assert b"another process of this run has ended" in said[0][1]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes_divided_or_not(pipeline, tmp_path):
     latents = pipeline.latents
     whole = diffusion_config(latents, tmp_path / "whole", **PLAIN | {"steps": 8})
     run_job(job(whole, latents))
     for name, order in (("a", ("fsdp2", "fsdp2", "none")), ("b", ("none", "fsdp2", "fsdp2"))):
-        for processes, at, shard in zip((4, 2, 1), (1, 4, None), order, strict=True):
-            config = diffusion_config(latents, tmp_path / name, **PLAIN | {"steps": 8}, shard=shard)
+        for processes, at, divided in zip((4, 2, 1), (1, 4, None), order, strict=True):
+            config = diffusion_config(
+                latents, tmp_path / name, **PLAIN | {"steps": 8}, shard=divided
+            )
             record = tmp_path / f"{name}-by{processes}"
             if at is None:
                 run_job(job(config, latents, record=record))

@@ -75,12 +75,17 @@ class Part(NamedTuple):
     """Of dropout; each part has its own."""
 
 
+def divides_weights(config: TrainDiffusionConfig) -> bool:
+    """Whether the processes divide the weights: it is asked for, and there are several."""
+    return config.shard == "fsdp2" and ranks.size() > 1
+
+
 def prepare(model: LatentDiffusion, config: TrainDiffusionConfig) -> None:
     """Let a model compute its activations again and be compiled, as the config asks."""
     if config.checkpointing:
         recompute(part for part in model.unet.modules() if isinstance(part, Stage))
-    if config.compile:
-        model.unet.compile()
+    if config.compile:  # torch 2.13 fails on divided weights where a size is left open
+        model.unet.compile(dynamic=False if divides_weights(config) else None)
 
 
 def blocks_of(model: LatentDiffusion) -> list[nn.Module]:
@@ -103,7 +108,7 @@ def learner_of(
 
     Where it is to be divided among processes, it should come on the CPU: then the device never holds all of it.
     """
-    divides = config.shard == "fsdp2" and ranks.size() > 1
+    divides = divides_weights(config)
     if not divides:
         on_device(model, device)
     average = averaged_copy(model)  # before what follows, which is for training alone
