@@ -370,7 +370,7 @@ def files_of(out):
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name != "join.lock"
+        if path.is_file()
     }
 
 
@@ -440,3 +440,15 @@ def test_ranges_of_jobs_are_whole_batches_and_cover_all_once(total, size, jobs):
     ranges = [own_range(total, size, (number, jobs)) for number in range(1, jobs + 1)]
     assert [number for part in ranges for number in part] == list(range(total))
     assert all(part.start % size == 0 for part in ranges if part)
+
+
+def test_the_last_job_prints_the_report_and_an_old_one_goes(folder, effnet, tmp_path, run):
+    call = ("evaluate", "--samples", folder, "--data", folder, "--effnet", effnet, "--size", 32)
+    call += ("-o", tmp_path / "out", "--json", "--bootstrap", 0)
+    assert json.loads(run(*call).stdout)["samples"] == COUNT
+    first = run(*call, "--jobs", "1/2", "--num", 20)
+    assert (first.returncode, first.stdout) == (0, b"")
+    assert not (tmp_path / "out" / "report.json").exists()
+    last = run(*call, "--jobs", "2/2", "--num", 20)
+    assert json.loads(last.stdout)["samples"] == 20
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]

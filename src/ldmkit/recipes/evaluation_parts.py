@@ -181,6 +181,8 @@ def asked_of_jobs(
 def of_all_jobs(out: Path, asked: str, mine: Seen, job: tuple[int, int]) -> Seen | None:
     """What all jobs saw, in the order of the pictures; None while some are at work still.
 
+    A report of a former call goes.
+
     Args:
         out: directory of the report.
         asked: what `asked_of_jobs` says.
@@ -197,8 +199,10 @@ def of_all_jobs(out: Path, asked: str, mine: Seen, job: tuple[int, int]) -> Seen
     paths = [folder / f"{one:05d}-of-{jobs:05d}{SAMPLE_FILE}" for one in range(1, jobs + 1)]
     sweep_temporaries(folder, paths[number - 1].name)
     facts = {"asked": asked, "part": number, "parts": jobs}
+    (out / "report.json").unlink(missing_ok=True)  # of a former call
     save(paths[number - 1], mine, kind="features", config={}, facts=facts)
-    with FileLock(out / "join.lock"):  # several jobs may end at the same time
+    lock = out / "join.lock"
+    with FileLock(lock):  # several jobs may end at the same time
         parts = [_part(path, asked) for path in paths]
         if any(part is None for part in parts):
             there = sum(part is not None for part in parts)
@@ -210,6 +214,7 @@ def of_all_jobs(out: Path, asked: str, mine: Seen, job: tuple[int, int]) -> Seen
                 found.setdefault(name, []).append(value)
         seen = {name: torch.cat(values) for name, values in found.items()}
         remove(folder)
+    lock.unlink(missing_ok=True)
     return seen
 
 
