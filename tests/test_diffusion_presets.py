@@ -183,7 +183,7 @@ def test_each_preset_trains_a_step_as_the_command_does(name):
     torch.manual_seed(0)
     model = build_diffusion(model_config)
     model.set_whitening(whitening)
-    learner = learner_of(model, config)
+    learner = learner_of(model, config, torch.device("cpu"))
     before = [weight.clone() for weight in learner.model.parameters()]
     generator = torch.Generator().manual_seed(0)
     mean = 0.5 + 2.0 * torch.randn(2, z, side, side, generator=generator)

@@ -38,6 +38,7 @@ from test_latent_set import write_set
 SCHEDULE = DiscreteSchedule(torch.cumprod(1.0 - scaled_linear(ScheduleConfig()), dim=0))
 OBJECTIVE = ObjectiveConfig()
 NAMES = get_args(TrainDiffusionConfig.model_fields["optimizer"].annotation)
+CPU = torch.device("cpu")
 COUNT = 16
 
 
@@ -292,7 +293,7 @@ def test_recomputing_keeps_less(latents, tmp_path):
         config = settings(tmp_path, latents, checkpointing=wanted)
         data = LatentSet(latents)
         model_config = recipe.diffusion_config(config, data)
-        learner = learner_of(recipe.fresh_model(config, model_config, data), config)
+        learner = learner_of(recipe.fresh_model(config, model_config, data), config, CPU)
         batch = recipe.draw_batch(
             *(learner.model, data.read(range(4)), {"class": torch.tensor([[0], [1], [0], [1]])}),
             *(torch.Generator().manual_seed(0), config),
@@ -362,7 +363,7 @@ def test_ten_in_a_row_end_the_run_with_the_weights_of_before(tmp_path):
     [state] = states(tmp_path / "run")
     data_set = LatentSet(data)
     fresh = learner_of(
-        recipe.fresh_model(config, recipe.diffusion_config(config, data_set), data_set), config
+        recipe.fresh_model(config, recipe.diffusion_config(config, data_set), data_set), config, CPU
     )
     for name, value in fresh.model.state_dict().items():
         assert torch.equal(state[f"model.{name}"], value), name

@@ -23,6 +23,7 @@ from ldmkit.evaluation_configs import EvaluateConfig
 from ldmkit.generation_configs import SampleConfig
 from ldmkit.metrics import feature_networks
 from ldmkit.recipes import evaluate as recipe
+from ldmkit.recipes.evaluation_parts import own_range
 
 ROOT = Path(__file__).parent.parent
 COUNT = 24
@@ -363,3 +364,91 @@ def test_a_sweep_of_averages_is_scored_by_distance_to_a_reference(pipeline, effn
     assert scores[0] == pytest.approx(numbers_of(measured)["FD-effnet"], rel=1e-6)
     with pytest.raises(UsageError, match="give --ae and --effnet too"):
         ldmkit.ema(sweep.model_copy(update={"ae": None}))
+
+
+def files_of(out):
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("source", ["model", "folder", "file"])
+def test_jobs_make_the_report_of_one_call(source, pipeline, effnet, tmp_path, folder):
+    settings = {"data": folder, "ae": pipeline.ae, "effnet": effnet, "holdout": 0.4}
+    settings |= {"batch_size": 3, "bootstrap": 20, "device": "cpu", "seed": 5}
+    if source == "model":
+        settings |= {"model": pipeline.ldm, "num": 11, "steps": 2}
+    elif source == "folder":
+        settings |= {"samples": folder, "num": 11}
+    else:
+        wish = {"model": pipeline.ldm, "num": 11, "steps": 2, "device": "cpu", "seed": 5}
+        made = tmp_path / "s.safetensors"
+        ldmkit.sample(SampleConfig.model_validate(wish | {"out": made}))
+        settings |= {"samples": made}
+    found = []
+    for jobs in (("1/1",), ("2/2", "1/2"), ("3/5", "5/5", "2/5", "1/5", "4/5")):
+        out = tmp_path / str(len(jobs))
+        for number, job in enumerate(jobs, start=1):
+            config = EvaluateConfig.model_validate(settings | {"out": out, "jobs": job})
+            assert ldmkit.evaluate(config) == out
+            assert (out / "report.json").exists() == (number == len(jobs))
+        files = files_of(out)
+        files["report.json"] = json.dumps(report_without_place(out)).encode()
+        found.append(files)
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    assert "nearest.png" in found[0]
+    for name, data in found[0].items():
+        assert found[1][name] == found[2][name] == data, name
+
+
+def report_without_place(out):
+    report = report_of(out)
+    report.pop("digest", None)
+    assert report["config"].pop("out") == str(out)
+    return report
+
+
+def test_processes_of_torchrun_are_jobs_and_parts_of_other_commands_do_not_count(
+    folder, effnet, tmp_path, monkeypatch
+):
+    config = EvaluateConfig(
+        samples=str(folder), data=str(folder), effnet=effnet, size=32, out=tmp_path, batch_size=4
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    ldmkit.evaluate(config.model_copy(update={"seed": 1, "num": 10}))
+    monkeypatch.setenv("RANK", "1")
+    ldmkit.evaluate(config)
+    assert not (tmp_path / "report.json").exists()
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) == 2
+    damaged = tmp_path / "parts" / "00002-of-00002.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    monkeypatch.setenv("RANK", "0")
+    ldmkit.evaluate(config)
+    assert not (tmp_path / "report.json").exists()
+    damaged.write_bytes(whole)
+    ldmkit.evaluate(config)
+    assert report_of(tmp_path)["samples"] == COUNT
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize(("total", "size", "jobs"), [(11, 3, 2), (12, 4, 3), (1, 4, 3), (7, 1, 7)])
+def test_ranges_of_jobs_are_whole_batches_and_cover_all_once(total, size, jobs):
+    ranges = [own_range(total, size, (number, jobs)) for number in range(1, jobs + 1)]
+    assert [number for part in ranges for number in part] == list(range(total))
+    assert all(part.start % size == 0 for part in ranges if part)
+
+
+def test_the_last_job_prints_the_report_and_an_old_one_goes(folder, effnet, tmp_path, run):
+    call = ("evaluate", "--samples", folder, "--data", folder, "--effnet", effnet, "--size", 32)
+    call += ("-o", tmp_path / "out", "--json", "--bootstrap", 0)
+    assert json.loads(run(*call).stdout)["samples"] == COUNT
+    first = run(*call, "--jobs", "1/2", "--num", 20)
+    assert (first.returncode, first.stdout) == (0, b"")
+    assert not (tmp_path / "out" / "report.json").exists()
+    last = run(*call, "--jobs", "2/2", "--num", 20)
+    assert json.loads(last.stdout)["samples"] == 20
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]

@@ -51,11 +51,13 @@ def job(config: Any, argument: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def torchrun(processes: int, jobs: list[dict[str, Any]], file: Path, *options: str) -> None:
+def torchrun(
+    processes: int, jobs: list[dict[str, Any]], file: Path, *options: str, limit: float = 280
+) -> None:
     """Run jobs one after the other in so many processes."""
     file.write_text(json.dumps(jobs))
     command = [*TORCHRUN, f"--nproc-per-node={processes}", *options, str(WORKER), str(file)]
-    done = subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=limit, check=False)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
 
 
@@ -65,6 +67,8 @@ class Left(NamedTuple):
     code: int
     ids: list[Any]
     digests: list[str]
+    held: dict[str, list[int]]
+    times: dict[str, float]
 
 
 def left(out: Path, processes: int = 1) -> list[Left]:
@@ -276,17 +280,16 @@ class Started(NamedTuple):
         return [process.wait(60) for process in self.processes]
 
 
-def start(config: Path, argument: Path, *options: str) -> Started:
+def start(config: str, argument: Path, command: str = "train-ae") -> Started:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    arguments = [str(argument), "--config", str(config), *options]
-    command = [sys.executable, "-m", "ldmkit", "train-ae", *arguments]
+    words = [sys.executable, "-m", "ldmkit", command, str(argument), "--config", config]
     return Started(
         [
             subprocess.Popen(
-                command,
+                words,
                 env=ENVIRONMENT | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,
                 stdout=subprocess.PIPE,

@@ -203,7 +203,8 @@ def _call(name: str, config: Any, output: BufferedIOBase, as_json: bool) -> str:
         return f"{path}\n" if path is not None else ""
     path = work(config)
     if name in ("eval-ae", "evaluate") and as_json:
-        return (path / "report.json").read_text(encoding="utf-8")
+        report = path / "report.json"  # not there yet while other jobs are at work
+        return report.read_text(encoding="utf-8") if report.exists() else ""
     if name == "import" and path.is_dir():  # a whole model: a line for each of its files
         return "".join(f"{file}\n" for file in sorted(path.glob("*.safetensors")))
     return f"{path}\n"

@@ -40,6 +40,7 @@ FORMAT_VERSIONS = {
     "checkpoint": 1,
     "averages": 1,
     "reference": 1,
+    "features": 1,
 }
 """The newest version of each kind of file that this version of ldmkit reads and writes."""
 

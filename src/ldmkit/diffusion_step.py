@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldmkit.conditioning.condition import replaced
@@ -26,6 +26,7 @@ from ldmkit.diffusion.objective import denoising_loss
 from ldmkit.diffusion.weighting import Uncertainty
 from ldmkit.diffusion_configs import ObjectiveConfig
 from ldmkit.latent_diffusion import LatentDiffusion
+from ldmkit.networks.blocks import ResidualBlock
 from ldmkit.networks.unet import Stage
 from ldmkit.tensors import Latents, Mask, Noise, Scalar, Sigmas
 from ldmkit.training import ranks
@@ -36,6 +37,7 @@ from ldmkit.training.optimizers import build_optimizers, parameters_of
 from ldmkit.training.recomputation import recompute
 from ldmkit.training.runlog import Weighted
 from ldmkit.training.runtime import autocast_for, noise_from, on_device
+from ldmkit.training.sharding import move_buffers, shard, shard_like, shares_weights
 from ldmkit.training.snapshots import tracked_averages, update_tracked
 
 DROPOUT, UNCERTAINTY = 4, 8  # places in the seed tree
@@ -73,19 +75,51 @@ class Part(NamedTuple):
     """Of dropout; each part has its own."""
 
 
+def divides_weights(config: TrainDiffusionConfig) -> bool:
+    """Whether the processes divide the weights: it is asked for, and there are several."""
+    return config.shard == "fsdp2" and ranks.size() > 1
+
+
 def prepare(model: LatentDiffusion, config: TrainDiffusionConfig) -> None:
     """Let a model compute its activations again and be compiled, as the config asks."""
     if config.checkpointing:
         recompute(part for part in model.unet.modules() if isinstance(part, Stage))
-    if config.compile:
-        model.unet.compile()
+    if config.compile:  # torch 2.13 fails on divided weights where a size is left open
+        model.unet.compile(dynamic=False if divides_weights(config) else None)
 
 
-def learner_of(model: LatentDiffusion, config: TrainDiffusionConfig) -> Learner:
-    """A model with its averages and optimizers, ready to train where its weights are."""
-    device = model.latent_mean.device
+def blocks_of(model: LatentDiffusion) -> list[nn.Module]:
+    """What is put together at a time where a model is divided among processes, the inner ones first."""
+    stages = [part for part in model.unet.modules() if isinstance(part, Stage)]
+    within = {id(part) for stage in stages for part in stage.modules()}
+    lone = [
+        part
+        for part in model.unet.modules()
+        if isinstance(part, ResidualBlock) and id(part) not in within
+    ]
+    told = [part for part in model.conditioners.values() if any(True for _ in part.parameters())]
+    return [*stages, *lone, *told, model.unet]
+
+
+def learner_of(
+    model: LatentDiffusion, config: TrainDiffusionConfig, device: torch.device
+) -> Learner:
+    """A model with its averages and optimizers, ready to train on a device.
+
+    Where it is to be divided among processes, it should come on the CPU: then the device never holds all of it.
+    """
+    divides = divides_weights(config)
+    if not divides:
+        on_device(model, device)
     average = averaged_copy(model)  # before what follows, which is for training alone
+    tracked = tracked_averages(model, config.average)
     prepare(model, config)
+    if divides:
+        shard(blocks_of(model), device)
+        for kept in (average, *tracked.values()):
+            shard_like(kept, model)
+        for module in (model, average, *tracked.values()):
+            move_buffers(module, device)
     uncertainty, optimizers = None, build_optimizers(model, config)
     if config.objective.weighting == "uncertainty":
         uncertainty = on_device(Uncertainty(generator_for(config.seed, UNCERTAINTY)), device)
@@ -94,7 +128,7 @@ def learner_of(model: LatentDiffusion, config: TrainDiffusionConfig) -> Learner:
     return Learner(
         model=model,
         average=average,
-        tracked=tracked_averages(model, config.average),
+        tracked=tracked,
         uncertainty=uncertainty,
         guard=NonFiniteGuard(),
         optimizers=optimizers,
@@ -180,12 +214,13 @@ def add_gradients(learner: Learner, parts: Sequence[Part], objective: ObjectiveC
     With learned uncertainty the gradient is that of the balanced losses; those returned are plain.
     """
     model, losses = learner.model, []
+    together = shares_weights(model)
     for part in parts:
         torch.manual_seed(part.seed)
         with learner.autocast():
             denoise = model.denoise
             if model.config.unet.self_conditioning:
-                denoise = estimating_first(denoise, part.remembers)
+                denoise = estimating_first(denoise, part.remembers, always=together)
             loss = denoising_loss(
                 denoise,
                 model.parameterization,
@@ -251,7 +286,8 @@ def take_step(
     places = ranks.own_places(config.accumulate)
     seeds = [seed_for(config.seed, DROPOUT, step, place) for place in places]
     parts = divided(batch, seeds)
-    losses = ranks.gathered(add_gradients(learner, parts, config.objective))
+    with ranks.lost_explained(only=False):
+        losses = ranks.gathered(add_gradients(learner, parts, config.objective))
     ranks.average_gradients(parameters_of(optimizers))
     norm = gradient_norm(parameters_of(optimizers), config.clip_norm)
     sound = learner.guard.judge(step, indices, losses, norm)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ldmkit.data_configs import Location, SourceConfig
+from ldmkit.data_configs import Job, Location, SourceConfig
 from ldmkit.fields import Count, Fraction, Positive, Weight, field
 from ldmkit.generation_configs import SamplerName
 
@@ -78,6 +78,11 @@ class EvaluateConfig(SourceConfig):
         " pictures; 0 = nearer than any",
     )
     batch_size: Positive = field(32, "Pictures at once; results agree up to rounding")
+    jobs: Job | None = field(
+        None,
+        "I/N: draw and look at the I-th of N fixed ranges of all pictures (I from 1), for array jobs; the one"
+        " that comes last writes the report (default: 1/1, or as torchrun says)",
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = field("auto", "Where to compute")
     max_fd: Weight | None = field(None, "Fail (exit code 3) above this FD-effnet")
     max_fid: Weight | None = field(None, "Fail above this FID")

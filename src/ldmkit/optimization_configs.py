@@ -112,13 +112,20 @@ class OptimizationConfig(Config):
         False, "Compute activations again in the backward pass instead of keeping them"
     )
     compile: bool = field(False, "Compile the network with torch.compile (minutes, then faster)")
+    shard: Literal["none", "fsdp2"] = field(
+        "none",
+        "fsdp2 divides weights, gradients, averages and moments among the processes, for networks that one"
+        " GPU has no room for; none = each process holds all of them (docs/cluster.md)",
+    )
     validation_latents: Path | None = field(
         None, "Latent set to measure the validation loss on (default: what --holdout keeps back)"
     )
     validate_every: Positive = field(1_000, "Steps between measurements of the validation loss")
     validate_num: Positive = field(256, "Largest number of latents it is measured on")
 
-    CHANGES_ROUNDING_ONLY: ClassVar[Sequence[str]] = ("accumulate", "checkpointing", "compile")
+    CHANGES_ROUNDING_ONLY: ClassVar[Sequence[str]] = (
+        *("accumulate", "checkpointing", "compile", "shard"),
+    )
     ONLY_MEASURES: ClassVar[Sequence[str]] = (
         *("validation_latents", "validate_every", "validate_num"),
     )
@@ -136,6 +143,11 @@ class OptimizationConfig(Config):
         if self.lr_decay == "cosine" and start >= steps:
             raise ValueError(
                 f"--lr-decay cosine has to begin (step {start}) before the last step ({steps})"
+            )
+        if self.shard != "none" and self.optimizer != "adamw":
+            raise ValueError(
+                f"--shard {self.shard} goes with --optimizer adamw: {self.optimizer} needs whole matrices, of"
+                " which a process has parts"
             )
         if self.optimizer == "adafactor" and self.betas != ADAM_BETAS:
             raise ValueError("--betas are AdamW's: adafactor has none")

@@ -77,7 +77,7 @@ def diffusion_trial(latents_at: Path, config: TrainDiffusionConfig) -> None:
     settled = diffusion_config(config, latents)
     readers = readers_of(settled.conditions, config.options_of, latents)
     model = build_diffusion(settled).to(pick_device(config.device))
-    learner = learner_of(model, config)
+    learner = learner_of(model, config, model.latent_mean.device)
     largest = max(latents.shapes, key=math.prod)
     indices = np.resize(latents.shapes[largest], config.samples_per_step)
     for step in range(STEPS):

@@ -1,14 +1,14 @@
 """`ldmkit evaluate`: how good are generated pictures, and are they new?"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
-from ldmkit.autoencoder.autoencoder import Autoencoder
 from ldmkit.autoencoder_configs import PreprocessingConfig
 from ldmkit.data.images import read_images, split
 from ldmkit.data.items import Item
@@ -20,17 +20,12 @@ from ldmkit.errors import DataError, QualityError
 from ldmkit.evaluation_configs import SAMPLE_FILE, EvaluateConfig
 from ldmkit.metrics.feature_networks import (
     FeatureNetwork,
-    Side,
     effnet_network,
-    features_of,
     inception_network,
 )
-from ldmkit.metrics.frechet import rgb_pixels
 from ldmkit.metrics.memorization import (
-    Areas,
     Nearness,
     Verdict,
-    area_means,
     nearer_to_training,
     nearest_first,
     nearness,
@@ -46,7 +41,24 @@ from ldmkit.metrics.reference import (
 )
 from ldmkit.metrics.sheets import COLUMNS, shown
 from ldmkit.modelfile import versions
-from ldmkit.pixels import Pixels, grid, save_png
+from ldmkit.pixels import grid, save_png
+from ldmkit.recipes.evaluation_parts import (
+    DECODED,
+    REAL,
+    SAMPLES,
+    TRAINING,
+    Pictures,
+    Sampled,
+    Seen,
+    areas_seen,
+    asked_of_jobs,
+    features_seen,
+    job_of,
+    of_all_jobs,
+    own_of,
+    own_range,
+    side_of,
+)
 from ldmkit.recipes.evaluation_report import (
     as_text,
     check_thresholds,
@@ -54,13 +66,13 @@ from ldmkit.recipes.evaluation_report import (
     described_memory,
     findings,
 )
-from ldmkit.recipes.generated import drawn_pictures
+from ldmkit.recipes.generated import drawn_pictures, written_items
 from ldmkit.seals import sealed_page
-from ldmkit.terminal import say, track
+from ldmkit.terminal import say
 from ldmkit.training.runtime import pick_device
 
 SCHEMA_VERSION = 1
-REAL, SAMPLES = 10, 11  # places in the seed tree
+REAL_ORDER, SAMPLE_ORDER = 10, 11  # places in the seed tree
 UNITS = {
     "FD-effnet, FID": "squared distance of features; comparable at equal numbers of pictures only",
     "KD-effnet, KID": "squared distance of features; does not depend on the number of pictures",
@@ -71,13 +83,6 @@ UNITS = {
     "floor": "the same number for two halves of the real pictures",
     "areas": "largest difference of the means of areas, in units of pictures in [-1, 1]",
 }
-
-
-class Pictures(NamedTuple):
-    """A list of pictures, and how they are read."""
-
-    items: list[Item]
-    preprocessing: PreprocessingConfig
 
 
 class Memory(NamedTuple):
@@ -93,8 +98,10 @@ class Memory(NamedTuple):
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure generated pictures against real ones, look for copies, and check the thresholds.
 
+    With several jobs each looks at its part of all pictures, and the last one does the rest.
+
     Returns:
-        The directory of the report.
+        The directory of the report; with several jobs it is there when the last of them ends.
 
     Raises:
         DataError: pictures, a model, a network's weights or a reference cannot be used.
@@ -110,34 +117,39 @@ def evaluate(config: EvaluateConfig) -> Path:
     if config.reference is not None:
         stored = {name: load_reference(config.reference, one) for name, one in wanted.items()}
     config.out.mkdir(parents=True, exist_ok=True)
+    job = job_of(config)
+    sampled = sample_pictures(config, preprocessing, device, job)
+    mine = look(config, networks, (sampled, None if stored else real, training), device, job)
+    sides = {REAL: real.items, TRAINING: training.items if training else []}
+    if config.model is None and not str(config.samples).endswith(SAMPLE_FILE):
+        sides[SAMPLES] = sampled.items(range(sampled.total))
+    asked = asked_of_jobs(config, networks, sides, device)
+    seen = of_all_jobs(config.out, asked, mine, job)
+    if seen is None:
+        return config.out
     sweep_temporaries(config.out)
-    samples = sample_pictures(config, preprocessing, device)
+    samples = sampled.pictures(range(sampled.total))
 
     measured: dict[str, Quality] = {}
     references: dict[str, Reference] = {}
     memory: Memory | None = None
     for network in networks:
-        mine = look(network, samples, config, "samples")
         if stored:
             reference = stored[network.name]
         else:
-            side = look(network, real, config, "real pictures")
-            reference = reference_of(side, wanted[network.name])
+            reference = reference_of(side_of(seen, network.name, REAL), wanted[network.name])
         references[network.name] = reference
         measured[network.name] = quality(
             network.name,
-            mine,
+            side_of(seen, network.name, SAMPLES),
             reference.side,
             (reference.mean, reference.covariance),
             draws=config.bootstrap,
             seed=config.seed,
         )
-        if training is not None and memory is None:  # in the first network's features
-            seen = look(network, training, config, "training pictures")
-            memory = search_copies(
-                config, (samples, mine), (real, reference.side), (training, seen), device
-            )
-            draw_strip(config, samples, training, memory)
+    if training is not None:
+        memory = search_copies(config, seen, networks[0].name)
+        draw_strip(config, samples, training, memory)
     if config.save_reference is not None:
         save_reference(config.save_reference, references)
 
@@ -167,7 +179,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     head = {
         "schema_version": SCHEMA_VERSION,
         "kind": "evaluate",
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"jobs"}),
         "versions": versions(),
         "units": UNITS,
     }
@@ -212,24 +224,31 @@ def real_pictures(
         return Pictures([], preprocessing), None
     items = open_source(config).items
     if not config.holdout:
-        return Pictures(drawn(items, config.num_data, config.seed, REAL), preprocessing), None
+        return Pictures(drawn(items, config.num_data, config.seed, REAL_ORDER), preprocessing), None
     training, held_back = split(items, config.holdout)
     if not held_back:
         raise DataError(f"--holdout {config.holdout} keeps none of the {len(items)} pictures out")
-    chosen = drawn(held_back, config.num_data, config.seed, REAL)
+    chosen = drawn(held_back, config.num_data, config.seed, REAL_ORDER)
     return Pictures(chosen, preprocessing), Pictures(training, preprocessing)
 
 
 def sample_pictures(
-    config: EvaluateConfig, preprocessing: PreprocessingConfig, device: torch.device
-) -> Pictures:
-    """The generated pictures; those of a model or a sample file are drawn and written first."""
+    config: EvaluateConfig,
+    preprocessing: PreprocessingConfig,
+    device: torch.device,
+    job: tuple[int, int],
+) -> Sampled:
+    """The generated pictures; this job's part of those of a model or a sample file is drawn and written first."""
     if config.samples is None or config.samples.endswith(SAMPLE_FILE):
-        items = drawn_pictures(config, device)
+        paths = drawn_pictures(
+            config, device, lambda total: own_range(total, config.batch_size, job)
+        )
         # written with 8 bits for [-1, 1], whatever the range of the real ones
-        return Pictures(items, preprocessing.model_copy(update={"range": None}))
-    items = open_source(SourceConfig(data=config.samples, cache=config.cache)).items
-    return Pictures(drawn(items, config.num, config.seed, SAMPLES), preprocessing)
+        said = preprocessing.model_copy(update={"range": None})
+        return Sampled(lambda numbers: written_items(paths, numbers), len(paths), said)
+    found = open_source(SourceConfig(data=config.samples, cache=config.cache)).items
+    items = drawn(found, config.num, config.seed, SAMPLE_ORDER)
+    return Sampled(lambda part: items[part.start : part.stop], len(items), preprocessing)
 
 
 def drawn(items: list[Item], count: int | None, seed: int, place: int) -> list[Item]:
@@ -257,50 +276,40 @@ def protocol_for(
     )
 
 
-def look(network: FeatureNetwork, pictures: Pictures, config: EvaluateConfig, name: str) -> Side:
-    """The features of pictures."""
-    with track(f"{network.name}: {name}", len(pictures.items), unit="picture") as progress:
-        return features_of(network, pixels_of(pictures, config.batch_size), progress.advance)
-
-
-def pixels_of(pictures: Pictures, batch_size: int) -> Iterator[Pixels]:
-    """8-bit RGB pixels, batch by batch."""
-    for first in range(0, len(pictures.items), batch_size):
-        batch = pictures.items[first : first + batch_size]
-        yield rgb_pixels(read_images(batch, pictures.preprocessing))
-
-
-def search_copies(
+def look(
     config: EvaluateConfig,
-    samples: tuple[Pictures, Side],
-    held_back: tuple[Pictures, Side],
-    training: tuple[Pictures, Side],
+    networks: Sequence[FeatureNetwork],
+    sides: tuple[Sampled, Pictures | None, Pictures | None],
     device: torch.device,
-) -> Memory:
+    job: tuple[int, int],
+) -> Seen:
+    """What this job sees of its part of the samples, real and training pictures."""
+    sampled, real, training = sides
+    size = config.batch_size
+    mine = {SAMPLES: sampled.pictures(own_range(sampled.total, size, job))}
+    mine |= {REAL: own_of(real, size, job)} if real is not None else {}
+    seen: dict[str, Tensor] = {}
+    for network in networks:
+        for name, pictures in mine.items():
+            seen |= features_seen(network, pictures, name, size)
+    if training is not None:  # copies are looked for with the first network's features
+        mine[TRAINING] = own_of(training, size, job)
+        seen |= features_seen(networks[0], mine[TRAINING], TRAINING, size)
+        decoder = None if config.ae is None else load_autoencoder(config.ae, device)
+        seen |= areas_seen(mine, size, decoder)
+    return seen
+
+
+def search_copies(config: EvaluateConfig, seen: Seen, network: str) -> Memory:
     """Look for samples that are training pictures, as files or as the autoencoder gives them back."""
-    decoder = None if config.ae is None else load_autoencoder(config.ae, device)
-    versions = [areas_of(training[0], config.batch_size)]
-    if decoder is not None:  # what a latent model that knows them by heart would draw
-        versions.append(areas_of(training[0], config.batch_size, decoder))
-    near = nearness(areas_of(samples[0], config.batch_size), versions)
-    calm = nearness(areas_of(held_back[0], config.batch_size, decoder), versions)
-    nearer = nearer_to_training(
-        samples[1].features, training[1].features, held_back[1].features, config.seed
-    )
+    areas = {name: seen[f"areas: {name}"] for name in (SAMPLES, REAL, TRAINING)}
+    versions = [areas[TRAINING]]
+    if config.ae is not None:
+        versions.append(seen[f"areas: {DECODED}"])
+    near, calm = nearness(areas[SAMPLES], versions), nearness(areas[REAL], versions)
+    sides = {name: side_of(seen, network, name).features for name in (SAMPLES, TRAINING, REAL)}
+    nearer = nearer_to_training(sides[SAMPLES], sides[TRAINING], sides[REAL], config.seed)
     return Memory(near, calm, verdict(near, calm, config.copy_quantile), nearer)
-
-
-@torch.no_grad()
-def areas_of(pictures: Pictures, batch_size: int, decoder: Autoencoder | None = None) -> Areas:
-    """Area means of pictures, or of what an autoencoder makes of them."""
-    found = []
-    for first in range(0, len(pictures.items), batch_size):
-        images = read_images(pictures.items[first : first + batch_size], pictures.preprocessing)
-        if decoder is not None:
-            posterior = decoder.encode(images.to(next(decoder.parameters()).device))
-            images = decoder.decode(posterior.mean).float()
-        found.append(area_means(rgb_pixels(images).float() / 127.5 - 1.0).cpu())
-    return torch.cat(found)
 
 
 def draw_strip(

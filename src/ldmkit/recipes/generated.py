@@ -1,6 +1,6 @@
 """Samples of a model as picture files: drawn here, or from a sample file."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,8 +34,18 @@ Drawn = tuple[Latents, list[int]]
 """Raw latents of some samples, and their seeds."""
 
 
-def drawn_pictures(config: EvaluateConfig, device: torch.device) -> list[Item]:
+def drawn_pictures(
+    config: EvaluateConfig, device: torch.device, own: Callable[[int], range]
+) -> list[Path]:
     """Samples of `config.model`, or of the sample file, as OUT/samples/SEED.png.
+
+    Args:
+        config: what to draw, or from which file.
+        device: where.
+        own: of so many samples, the numbers of those that are to be written here.
+
+    Returns:
+        The files of all samples, those of others too.
 
     Raises:
         DataError: a file cannot be used, or the samples are of another autoencoder.
@@ -44,28 +54,41 @@ def drawn_pictures(config: EvaluateConfig, device: torch.device) -> list[Item]:
     ae = config.ae
     assert ae is not None  # noqa: S101 - the config asks for it
     if config.model is not None:
-        blocks, count = _from_model(config, config.model, ae, device), config.num or USUAL
+        seeds = [config.seed + number for number in range(config.num or USUAL)]
+        mine = own(len(seeds))
+        blocks = _from_model(config, config.model, ae, device, mine)
     else:
-        file = Path(str(config.samples))
-        blocks, count = _from_file(config, file, ae)
+        latents, seeds = _of_file(config, Path(str(config.samples)), ae)
+        mine = own(len(seeds))
+        starts = range(mine.start, mine.stop, config.batch_size)
+        ranges = (slice(n, min(n + config.batch_size, mine.stop)) for n in starts)
+        blocks = ((latents[part], seeds[part]) for part in ranges)
     decoder = load_autoencoder(ae, device)
     folder = config.out / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    items: list[Item] = []
-    with track("samples", count, unit="sample") as progress:
-        for latents, seeds in blocks:
-            items += _decoded(decoder, latents, seeds, folder, config.batch_size)
-            progress.advance(len(seeds))
-    return items
+    with track("samples", len(mine), unit="sample") as progress:
+        for drawn, numbers in blocks:
+            _decode(decoder, drawn, numbers, folder, config.batch_size)
+            progress.advance(len(numbers))
+    return [_path_of(folder, seed) for seed in seeds]
+
+
+def written_items(paths: Sequence[Path], numbers: range) -> list[Item]:
+    """Pictures in files of their own."""
+    chosen = (paths[number] for number in numbers)
+    return [Item(path.name, Span(str(path), 0, path.stat().st_size)) for path in chosen]
+
+
+def _path_of(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
 
 
 @torch.no_grad()
-def _decoded(
+def _decode(
     decoder: Autoencoder, latents: Latents, seeds: list[int], folder: Path, batch_size: int
-) -> list[Item]:
+) -> None:
     """Decode and write some samples."""
     device = next(decoder.parameters()).device
-    items = []
     for group, kept in groups_of(len(seeds), batch_size, device):
         images = decoder.decode(latents[group].to(device))[:kept].float()
         if not images.isfinite().all():
@@ -73,15 +96,12 @@ def _decoded(
                 f"sample {seeds[int(group[0])]} has no finite numbers: retrain the model"
             )
         for index, pixels in zip(group.tolist(), rgb_pixels(images), strict=False):
-            path = folder / f"{seeds[index]:06d}.png"
-            with atomic_file(path) as temporary:
+            with atomic_file(_path_of(folder, seeds[index])) as temporary:
                 save_png(temporary, pixels)
-            items.append(Item(path.name, Span(str(path), 0, path.stat().st_size)))
-    return items
 
 
 def _from_model(
-    config: EvaluateConfig, file: Path, ae: Path, device: torch.device
+    config: EvaluateConfig, file: Path, ae: Path, device: torch.device, mine: range
 ) -> Iterator[Drawn]:
     facts = diffusion_facts(file)
     require_same_autoencoder(facts.autoencoder, ae, f"the latents that {file} makes")
@@ -99,15 +119,15 @@ def _from_model(
         eta=config.eta,
     )
     asked, manner = asked_of(wish, model.config, facts.latent_shape, None), manner_of(wish, model)
-    for group, kept in groups_of(total, config.batch_size, device):
-        numbers = group.tolist()
+    for group, kept in groups_of(len(mine), config.batch_size, device):
+        numbers = [mine[place] for place in group.tolist()]
         seeds = [config.seed + number for number in numbers]
         shape = (len(numbers), *facts.latent_shape)
         latents = draw_latents(model, asked.values(numbers), shape, seeded_noise(seeds), manner)
         yield latents[:kept].cpu(), seeds[:kept]
 
 
-def _from_file(config: EvaluateConfig, file: Path, ae: Path) -> tuple[Iterator[Drawn], int]:
+def _of_file(config: EvaluateConfig, file: Path, ae: Path) -> Drawn:
     """The samples of a file: the first `--num` of it."""
     try:
         with file.open("rb") as stream:
@@ -120,6 +140,4 @@ def _from_file(config: EvaluateConfig, file: Path, ae: Path) -> tuple[Iterator[D
     require_same_autoencoder(facts.autoencoder, ae, f"the samples in {file}")
     latents = torch.cat([tensors["latents"] for _, tensors in blocks])[: config.num]
     seeds = torch.cat([tensors["seed"] for _, tensors in blocks])[: config.num].tolist()
-    parts = range(0, len(seeds), config.batch_size)
-    size = config.batch_size
-    return (((latents[n : n + size], seeds[n : n + size])) for n in parts), len(seeds)
+    return latents, seeds

@@ -131,6 +131,11 @@ def plan_train_diffusion(config: TrainDiffusionConfig) -> list[str]:
         width = FORMATS[config.average.snapshot_format].itemsize
         disk += snapshots * tracked * trained * width
     shape = [config.samples_per_step, *largest]
+    if config.shard != "none":
+        memory = [
+            *memory,
+            f"--shard {config.shard}: each process will hold less than that estimate",
+        ]
     return [
         f"data: {len(latents)} latents of {list(largest)}; a batch is {shape}",
         f"parameters: {trained:,}; told: {told}",

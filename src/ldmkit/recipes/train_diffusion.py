@@ -52,6 +52,7 @@ from ldmkit.training.recomputation import compilation_explained
 from ldmkit.training.run import as_begun, due, finished, interruption, open_run
 from ldmkit.training.runlog import RunLog
 from ldmkit.training.runtime import noise_from, pick_device
+from ldmkit.training.sharding import runnable
 from ldmkit.training.snapshots import (
     drop_snapshots_after,
     save_snapshot,
@@ -129,16 +130,19 @@ def _trained(config: TrainDiffusionConfig, result: Path, stream: BufferedIOBase 
         require_same_autoencoder(manifest.recipe["autoencoder"], config.ae, str(config.latents))
         autoencoder = load_autoencoder(config.ae, device)
     open_run(config)
+    if config.shard == "fsdp2" and ranks.size() == 1:
+        say("--shard fsdp2: one process has nobody to divide weights with, so it holds all")
 
     model = fresh_model(config, model_config, latents)
-    learner = learner_of(model.to(device), config)
-    ranks.share([learner.model, learner.average])
+    ranks.share([model])
+    learner = learner_of(model, config, device)
     data = Data(latents, buckets, readers, held_back)
     quality = train(config, learner, data, autoencoder)
 
+    average = runnable(learner.average)
     if ranks.first():
         facts = facts_after(config.steps, config, learner, data, quality)
-        save_diffusion(result, learner.average, facts)
+        save_diffusion(result, average, facts)
     return result
 
 
@@ -188,6 +192,7 @@ def train(
     state.require_room(moment_bytes(model, config))
     drop_snapshots_after(config.out, start)
     log = RunLog(config.out, start, tensorboard=config.tensorboard)
+    (validates,) = ranks.any_rank(data.held_back is not None)
     means: dict[str, float] = {}
     quality: dict[str, float] = {}
     rate = 0.0
@@ -205,16 +210,20 @@ def train(
             if logging or trouble:
                 also = {"learning_rate": rate, "skipped_updates": float(guard.skipped)}
                 means = log.write_means(step, config.samples_per_step, also) or means
-            if autoencoder and due(step, config.sample_every, config.steps) and step > start:
-                pixels = preview(average, autoencoder, data, config)
+            picturing = config.ae is not None and due(step, config.sample_every, config.steps)
+            picturing = picturing and step > start
+            measuring = validates and due(step, config.validate_every, config.steps)
+            measuring = measuring and (step > start or last)
+            seen = runnable(average) if picturing or measuring else average
+            if autoencoder and picturing:
+                pixels = preview(seen, autoencoder, data, config)
                 log.picture(step, "samples", grid(pixels, COLUMNS))
-            measuring = due(step, config.validate_every, config.steps) and (step > start or last)
             if data.held_back and measuring:
-                quality = validate(data.held_back, average, autocast, config.objective)
+                quality = validate(data.held_back, seen, autocast, config.objective)
                 log.write(step, quality)
                 say(f"step {step}: {as_sentence(quality)}")
-            keeping = tracked and ranks.first() and step > 0
-            if keeping and due(step, config.average.snapshots, config.steps):
+            del seen  # where the average is divided, a copy of all of it
+            if tracked and step > 0 and due(step, config.average.snapshots, config.steps):
                 data.latents.wait_until_verified()
                 facts = facts_after(step, config, learner, data, {})
                 save_snapshot(config.out, step, tracked, model.config, facts, config.average)

@@ -21,6 +21,8 @@ from ldmkit.errors import DataError, NonFiniteError
 from ldmkit.modelfile import load, require_tensors, save
 from ldmkit.terminal import say
 from ldmkit.training import ranks
+from ldmkit.training.optimizers import parameters_of
+from ldmkit.training.sharding import as_held, gathered
 
 KEEP = 2
 STATE = "state.safetensors"
@@ -68,25 +70,32 @@ class TrainingState:
         )
 
     def save(self, step: int) -> None:
-        """Commit the state before `step`, then drop all but the newest checkpoints; the first process's work.
+        """Commit the state before `step`, then drop all but the newest checkpoints.
+
+        That is the first process's work; the others give it their parts of what is divided.
 
         Raises:
             NonFiniteError: a weight or moment is not a finite number; nothing is saved or dropped.
             StorageError: it cannot be written; the former checkpoints stay.
+            LostProcessError: another process of the run ended.
         """
-        if not ranks.first():
-            return
         if step != self.saved_step:
-            self._commit(step)
-        # also where this very step was loaded: the process that saved it may have been killed before this
+            tensors = gathered(self._tensors())
+            if ranks.first():
+                self._write(step, tensors)
+            self.saved_step = step
+        if ranks.first():
+            self._drop_old(step)
+
+    def _drop_old(self, step: int) -> None:
+        """Also where this very step was loaded: who saved it may have been killed before this."""
         for old in saved_checkpoints(self.directory)[:-KEEP]:
             # what is newer than a state that was saved or read may be damaged
             if step_of(old) < step and step_of(old) != self.lasting:
                 drop_directory(old)
 
-    def _commit(self, step: int) -> None:
+    def _write(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         target = self.directory / f"step-{step:09d}"
-        tensors = self._tensors()
         _require_finite(tensors, step)
         if target.exists():  # this run passed it over on loading, so it could not be read
             drop_directory(target)
@@ -98,7 +107,6 @@ class TrainingState:
                 config={},
                 facts={"step": step},
             )
-        self.saved_step = step
 
     def load_latest(self, device: torch.device) -> int:
         """Restore the newest whole checkpoint; returns the step to go on with, 0 for a new run.
@@ -156,7 +164,6 @@ class TrainingState:
         return tensors
 
     def _restore(self, tensors: dict[str, Tensor], source: str, device: torch.device) -> None:
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         moments = {
             name: tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")
         }
@@ -167,13 +174,20 @@ class TrainingState:
         }
         require_tensors(expected, tensors, source)
         for name, module in self.modules.items():
-            module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+            held = module.state_dict().items()
+            module.load_state_dict({k: as_held(tensors[f"{name}.{k}"], x) for k, x in held})
         for name, optimizer in self.optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
+            weights = parameters_of([optimizer])
             for key, value in moments.items():
                 _, owner, index, moment = key.split(".")
                 if owner == name:
-                    state.setdefault(int(index), {})[moment] = value
+                    weight = weights[int(index)]
+                    alike = (
+                        value.shape == weight.shape
+                    )  # others are as whole as the number of steps
+                    value_ = as_held(value, weight) if alike else value.to(device)
+                    state.setdefault(int(index), {})[moment] = value_
             groups: Any = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ldmkit.configs import TrainDiffusionConfig, TrainingConfig
 from ldmkit.tensors import Scalar
+from ldmkit.training.sharding import divided, whole
 
 
 def learning_rate(peak: float, step: int, config: TrainingConfig) -> float:
@@ -51,9 +52,14 @@ def gradient_norm(parameters: Iterable[Parameter], clip_norm: float) -> Scalar:
 
     Not finite if any gradient is not. Nothing waits for the device.
     """
-    parameters = list(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    parts, plain = divided(p for p in parameters if p.grad is not None)
+    groups = [parts, plain] if parts and plain else [parts or plain]
+    norms = [
+        whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
+        for group in groups
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if clip_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, clip_norm, norm)
     return norm

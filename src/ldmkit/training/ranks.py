@@ -176,7 +176,7 @@ def any_rank(*flags: bool) -> list[bool]:
     if size() == 1:
         return list(flags)
     raised = torch.tensor(flags, dtype=torch.int32)
-    with _others():
+    with lost_explained():
         dist.all_reduce(raised, dist.ReduceOp.MAX)
     return [bool(flag) for flag in raised.tolist()]
 
@@ -201,7 +201,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if size() == 1:
         return value
     total = value.detach().contiguous().clone()
-    with _others():
+    with lost_explained():
         dist.all_reduce(total)
     return total
 
@@ -218,7 +218,7 @@ def gathered(value: Tensor) -> Tensor:
     if size() == 1:
         return value
     parts = [torch.empty_like(value) for _ in range(size())]
-    with _others():
+    with lost_explained():
         dist.all_gather(parts, value.contiguous())
     return torch.cat(parts)
 
@@ -228,7 +228,7 @@ def from_first(value: Tensor) -> Tensor:
     if size() == 1:
         return value
     sent = value.detach().contiguous().clone()
-    with _others():
+    with lost_explained():
         dist.broadcast(sent.view(torch.uint8) if sent.dtype == torch.bool else sent, 0)
     return sent
 
@@ -252,6 +252,8 @@ def average_gradients(parameters: Iterable[Parameter]) -> None:
     if size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
+    # of weights that are divided (training.sharding) each process has its part of the mean already
+    gradients = [gradient for gradient in gradients if not hasattr(gradient, "full_tensor")]
     for bucket in _buckets(gradients):
         total = sum_over_ranks(torch.cat([gradient.flatten() for gradient in bucket])) / size()
         pieces = total.split([gradient.numel() for gradient in bucket])
@@ -273,10 +275,20 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _others() -> Iterator[None]:
+def lost_explained(*, only: bool = True) -> Iterator[None]:
+    """Turn the failure of a collective operation into a sentence.
+
+    Args:
+        only: nothing else can fail in the block.
+
+    Raises:
+        LostProcessError: another process of the run ended.
+    """
     try:
         yield
     except RuntimeError as error:
+        if not only and not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         raise LostProcessError(
             "another process of this run has ended, or cannot be reached; what it said tells why: the last "
             "checkpoint stays, run again to go on"

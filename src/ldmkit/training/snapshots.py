@@ -30,6 +30,7 @@ from ldmkit.training.averages import (
     reconstruction,
     update_average,
 )
+from ldmkit.training.sharding import gathered
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -100,6 +101,8 @@ def save_snapshot(
 ) -> Path:
     """Write the averages after so many updates, whole or not at all.
 
+    Of several processes that is the first one's work; the others give it their parts of what is divided.
+
     Args:
         run: the run directory.
         step: how many updates the averages have seen.
@@ -111,22 +114,25 @@ def save_snapshot(
     Raises:
         NonFiniteError: a weight is not finite, or too large for float16; nothing is written.
         StorageError: it cannot be written.
+        LostProcessError: another process of the run ended.
     """
+    path = snapshot_path(run, step)
     tensors: dict[str, Tensor] = {}
     for index, module in enumerate(tracked.values()):
         averaged = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        for name, value in module.state_dict().items():
+        for name, value in gathered(module.state_dict()).items():
             if name in averaged:
                 tensors[f"{index}.{name}"] = value.to(FORMATS[average.snapshot_format])
             else:
                 tensors[f"buffer.{name}"] = value
+    if not ranks.first():
+        return path
     for name, value in tensors.items():
         if not bool(value.isfinite().all()):
             raise NonFiniteError(
                 f"the average {name} is not finite in {average.snapshot_format} after step {step}; "
                 "the last checkpoint is from before: lower --lr, or look at the data, and run again"
             )
-    path = snapshot_path(run, step)
     stated = SnapshotFacts(
         fingerprint="",
         step=step,
