@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -23,7 +23,7 @@ from workloads import (
     Workload,
 )
 
-from ldmkit.assembly import build_autoencoder, build_diffusion
+from ldmkit.assembly import build_autoencoder, build_diffusion, ready
 from ldmkit.autoencoder import training_step
 from ldmkit.autoencoder.adversarial_phase import Phase
 from ldmkit.autoencoder.autoencoder import Autoencoder
@@ -50,22 +50,18 @@ from ldmkit.facts import SampleFacts
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.sample_blocks import Block, decoded
 from ldmkit.tower_configs import EmbeddedTextCondition
-from ldmkit.training.runtime import groups_of, in_bfloat16, noise_from, pick_device
+from ldmkit.training.runtime import groups_of, in_bfloat16, noise_from, pick_device, settled
 
 Precision = Literal["auto", "fp32", "bf16"]
-Model = TypeVar("Model", Autoencoder, LatentDiffusion)
+USUAL: Precision = "auto"
+"""What the commands run networks in unless asked otherwise."""
 ENCODE_BATCH = EncodeConfig.model_fields["batch_size"].default
 TEXT = "embedded-text"
 
 
-def ready(model: Model) -> Model:
-    """A model as commands have it that compute without gradients: the one place that says what they do."""
-    return model.eval().requires_grad_(False)
-
-
-def number_of_inference() -> Number:
+def number_of_inference(device: str) -> Number:
     """What `encode`, `decode` and `sample` compute in."""
-    return "fp32"
+    return settled(USUAL, pick_device(device))
 
 
 def train_autoencoder(
@@ -118,7 +114,7 @@ def encode(workload: Workload, device: str, precision: Precision) -> Prepared:
     def step() -> object:
         return encode_batch(model, batch, ENCODE_BATCH, stored)
 
-    return Prepared(step, parameters(model), number_of_inference(), True)
+    return Prepared(step, parameters(model), number_of_inference(device), True)
 
 
 def decode(workload: Workload, device: str, precision: Precision) -> Prepared:
@@ -138,7 +134,7 @@ def decode(workload: Workload, device: str, precision: Precision) -> Prepared:
             pictures += decoded(block, block.latents[rows], rows, kept, model)
         return pictures
 
-    return Prepared(step, parameters(model), number_of_inference(), True)
+    return Prepared(step, parameters(model), number_of_inference(device), True)
 
 
 def train_unet(workload: Workload, device: str, precision: Precision) -> Prepared:
@@ -146,7 +142,7 @@ def train_unet(workload: Workload, device: str, precision: Precision) -> Prepare
     place = pick_device(device)
     config = diffusion_config(workload, precision)
     model = diffusion_model(workload).to(place)
-    learner = learner_of(model, config)
+    learner = learner_of(model, config, place)
     latents = workload.latents("cpu")
     read = LatentBatch(latents, torch.zeros(()).expand_as(latents))
     values = {TEXT: workload.context("cpu")} if workload.attends else {}
@@ -164,7 +160,7 @@ def sample(workload: Workload, device: str, precision: Precision) -> Prepared:
     """What `sample` does with a batch, up to raw latents on the CPU."""
     del precision
     place = pick_device(device)
-    model = ready(diffusion_model(workload).to(place))
+    model = ready(diffusion_model(workload).to(place), USUAL)
     tokens = workload.context("cpu")
     guide = guide_together(model.config.conditions, GUIDANCE)
     manner = Manner(SAMPLING_STEPS, guide, sampler="ddim")
@@ -180,7 +176,7 @@ def sample(workload: Workload, device: str, precision: Precision) -> Prepared:
             drawn.append(latents[:kept].cpu())
         return drawn
 
-    return Prepared(step, parameters(model), number_of_inference(), True)
+    return Prepared(step, parameters(model), number_of_inference(device), True)
 
 
 def autoencoder_config(sizes: Sizes) -> AutoencoderConfig:
@@ -283,7 +279,7 @@ def _autoencoder(workload: Workload, device: str) -> Autoencoder:
     torch.manual_seed(0)
     config = autoencoder_config(workload.sizes)
     model = build_autoencoder(config, PreprocessingConfig(size=workload.side))
-    return ready(model.to(pick_device(device)))
+    return ready(model.to(pick_device(device)), USUAL)
 
 
 def _number(place: torch.device, precision: Precision) -> Number:

@@ -1,7 +1,7 @@
 """From a config or a model file to live objects, and back: the one place that knows both stages."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from ldmkit.networks.inference import compute_in_bfloat16, remember_contexts
 from ldmkit.precision_configs import Precision
 from ldmkit.terminal import say
 from ldmkit.training.runtime import in_bfloat16
+
+AnyModel = TypeVar("AnyModel", Autoencoder, LatentDiffusion)
 
 
 def build_autoencoder(config: AutoencoderConfig, preprocessing: PreprocessingConfig) -> Autoencoder:
@@ -86,11 +88,7 @@ def load_autoencoder(
     model = Autoencoder(config, facts.image_channels)
     require_tensors(model.state_dict(), tensors, str(path))
     model.load_state_dict(tensors)
-    model = model.to(device).eval().requires_grad_(False)
-    if in_bfloat16(model.device, precision):
-        for network in (model.encoder, model.to_moments, model.from_latents, model.decoder):
-            compute_in_bfloat16(network)
-    return model
+    return ready(model.to(device), precision)
 
 
 def init_autoencoder(model: Autoencoder, path: Path) -> list[str]:
@@ -218,10 +216,26 @@ def load_diffusion(
     model = LatentDiffusion(validated(DiffusionConfig, header.config, str(path)))
     require_tensors(model.state_dict(), tensors, str(path))
     model.load_state_dict(tensors)
-    model = model.to(device).eval().requires_grad_(False)
-    if in_bfloat16(model.latent_mean.device, precision):
-        compute_in_bfloat16(model.unet)
-    remember_contexts(model.unet)
+    return ready(model.to(device), precision)
+
+
+def ready(model: AnyModel, precision: Precision) -> AnyModel:
+    """A model where it is to be run, from now on without learning: evaluation mode, in that precision.
+
+    Args:
+        model: its weights do not change any more.
+        precision: of an autoencoder's networks, or of the U-Net.
+    """
+    model.eval().requires_grad_(False)
+    if isinstance(model, Autoencoder):
+        networks = (model.encoder, model.to_moments, model.from_latents, model.decoder)
+        device = model.device
+    else:
+        networks, device = (model.unet,), model.latent_mean.device
+    for network in networks:
+        if in_bfloat16(device, precision):
+            compute_in_bfloat16(network)
+        remember_contexts(network)
     return model
 
 

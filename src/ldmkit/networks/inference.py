@@ -30,6 +30,8 @@ def compute_in_bfloat16(network: nn.Module) -> None:
         network: in evaluation mode, where it is to run; its weights do not change any more.
     """
     network.to(torch.bfloat16)
+    if any(weight.device.type == "cuda" for weight in network.parameters()):
+        network.to(memory_format=torch.channels_last)  # what tensor cores want  # pyright: ignore
     if not packing_works():
         return
     for layer in network.modules():
