@@ -43,10 +43,13 @@ def test_attention_has_the_gradients_of_torchs():
 
 def test_attention_takes_matrix_products_only_where_they_win(monkeypatch):
     taken = []
-    plain = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v: (taken.append(1), plain(q, k, v))[1]
-    )
+    fused = F.scaled_dot_product_attention
+
+    def spied(q, k, v):
+        taken.append(q.shape)
+        return fused(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
     short, long = (drawn(1, 1, side, 4, dtype=torch.bfloat16) for side in (16, 257))
     assert long.shape[2] ** 2 > MANY_PAIRS
     attend(*[short.clone().requires_grad_()] * 3)
