@@ -36,7 +36,9 @@ def test_attention_has_the_gradients_of_torchs():
     tensors = [drawn(2, 3, 24, 8, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     found = torch.autograd.grad(attend(*tensors).sum(), tensors)
-    right = torch.autograd.grad(F.scaled_dot_product_attention(*exact).sum(), exact)
+    right = torch.autograd.grad(
+        F.scaled_dot_product_attention(exact[0], exact[1], exact[2]).sum(), exact
+    )
     for one, other in zip(found, right, strict=True):
         assert (one - other).norm() <= 0.02 * other.norm()
 
