@@ -1,11 +1,14 @@
 """Pictures of several small ones on a canvas, with boxes, label maps, numbers and captions.
 
-python examples/compose.py DATA OUT --count 2000 --seed 0
+python examples/compose.py DATA OUT --count 2000 --seed 0 --canvas any
 
 DATA: pictures of one object each on white, with classes and captions, such as examples/data. Writes
 OUT/images/NUMBER.png and metadata.jsonl (captions; `lightness`, the mean luma of the canvas, 0 to 1;
 `count`, how many objects), OUT/labelmaps/NUMBER.png (0 canvas, then a number for each class) and
-OUT/instances.json (COCO boxes). The same DATA, count and seed give the same files.
+OUT/instances.json (COCO boxes). The same DATA, count, seed and canvas give the same files.
+
+On canvases of any colour a box says little about what colour a pixel has, so a model that is told boxes
+learns slowly; on white ones it does not.
 """
 
 import argparse
@@ -68,12 +71,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=2000, help="pictures to make")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--canvas", choices=CANVASES, default="any")
     asked = parser.parse_args()
-    compose(asked.data, asked.out, asked.count, asked.seed)
+    compose(asked.data, asked.out, asked.count, asked.seed, asked.canvas)
     print(asked.out)
 
 
-def compose(data: Path, out: Path, count: int, seed: int) -> None:
+def compose(data: Path, out: Path, count: int, seed: int, canvas_kind: str = "any") -> None:
     """Write the pictures and all that is known of them."""
     source = open_source(SourceConfig(data=str(data)))
     cut = lru_cache(maxsize=None)(lambda number: cut_out(source.items[number]))
@@ -82,7 +86,7 @@ def compose(data: Path, out: Path, count: int, seed: int) -> None:
     lines, images, annotations = [], [], []
     for number in range(count):
         draw = np.random.default_rng((seed, number))
-        name, (canvas, kind) = f"{number:06d}.png", paint_canvas(draw)
+        name, (canvas, kind) = f"{number:06d}.png", CANVASES[canvas_kind](draw)
         placed = place(draw, cut, len(source.items))
         picture, labelmap = lay(canvas, placed)
         Image.fromarray(picture).save(out / "images" / name)
@@ -165,6 +169,12 @@ def paint_canvas(draw: np.random.Generator) -> tuple[UInt8[np.ndarray, "y x 3"],
     return np.rint(first + share * (second - first)).astype(np.uint8), "shaded"
 
 
+def leave_white(draw: np.random.Generator) -> tuple[UInt8[np.ndarray, "y x 3"], str]:
+    """White, whatever is drawn."""
+    del draw
+    return np.full((SIDE, SIDE, 3), 255, np.uint8), "white"
+
+
 def colour_of(draw: np.random.Generator, luma: float) -> Float[np.ndarray, " 3"]:
     """A random colour of a given luma (0 to 1), as 0 to 255."""
     colour = np.array(colorsys.hsv_to_rgb(draw.random(), draw.uniform(0.0, 0.8), 1.0))
@@ -230,6 +240,8 @@ def as_coco(corners: Corners) -> list[int]:
     x0, y0, x1, y1 = corners
     return [x0, y0, x1 - x0, y1 - y0]
 
+
+CANVASES = {"any": paint_canvas, "white": leave_white}
 
 if __name__ == "__main__":
     main()

@@ -81,6 +81,20 @@ def corner_of(token: int, sections: int) -> tuple[float, float]:
     return column / (sections - 1), row / (sections - 1)
 
 
+def corner_waves(sections: int, width: int) -> Float[Tensor, "corners width"]:
+    """Sinusoids of where the corners lie, to begin their embeddings with: near corners are alike.
+
+    Of x in the first half of the numbers, of y in the second; from half a period across the picture to
+    one that a cell takes half of. Mean square 1.
+    """
+    place = torch.arange(sections) / (sections - 1)
+    octaves = torch.linspace(0.0, math.log2(sections - 1), width // 4)
+    angles = math.pi * place[:, None] * 2.0**octaves
+    waves = math.sqrt(2.0) * torch.cat([angles.cos(), angles.sin()], dim=1)
+    y, x = (part.flatten() for part in torch.meshgrid(*[torch.arange(sections)] * 2, indexing="ij"))
+    return torch.cat([waves[x], waves[y]], dim=1)
+
+
 def layout_of_boxes(
     boxes: Sequence[Box], layout: LayoutFormat = PAPER, *, crop: Corners = WHOLE
 ) -> Layout:
@@ -226,6 +240,9 @@ class LayoutConditioner(nn.Module):
             heads=heads,
             head_width=head_width,
         )
+        with torch.no_grad():
+            cells = self.layout.sections**2
+            self.encoder.token_embedding.weight[:cells] += corner_waves(self.layout.sections, width)
 
     def empty(self, values: BatchIds) -> BatchIds:
         """All none, the seen part too."""
