@@ -18,6 +18,7 @@ from ldmkit.conditioning.layout import (
     boxes_of_layout,
     boxes_of_rows,
     corner_id,
+    corner_waves,
     layout_of_boxes,
     shuffled_objects,
 )
@@ -190,6 +191,24 @@ def test_a_class_without_a_token_and_foreign_ids_are_refused():
     for objects, vocabulary in ((0, 30), (3, 25), (3, 3)):
         with pytest.raises(ValueError, match="no square number"):
             LayoutConditioner(8, objects=objects, vocabulary=vocabulary, depth=1)
+
+
+@pytest.mark.parametrize(("sections", "width"), [(2, 8), (10, 128), (90, 30)])
+def test_near_corners_begin_alike(sections, width):
+    waves = corner_waves(sections, width)
+    assert waves.shape == (sections**2, width)
+    assert torch.allclose(waves.square().sum(1), torch.full((sections**2,), 4.0 * (width // 4)))
+    alike = (waves @ waves.T).view(sections, sections, sections, sections)[0, 0]
+    x, y = (corner_id(*place, sections) for place in ((1.0, 0.0), (0.0, 1.0)))
+    assert alike[0, 0] > alike[0, 1] > alike[-1, -1]
+    assert torch.allclose(alike, alike.T, atol=1e-3)  # x and y count alike
+    assert len({tuple(row) for row in waves[[0, x, y]].tolist()}) == 3
+
+
+def test_embeddings_begin_as_large_as_what_blocks_add_to():
+    model = LayoutConditioner(16, depth=1, heads=2, head_width=8)
+    parts = (model.encoder.token_embedding, model.encoder.position_embedding)
+    assert all(part.weight.std() > 0.9 for part in parts)
 
 
 def test_drawing_changes_the_outline_and_nothing_else():

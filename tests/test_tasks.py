@@ -34,9 +34,9 @@ CLASSES = json.loads((EXAMPLES / "data/classes.json").read_text())
 COUNT = 24
 
 
-def composed(out: Path, count: int = COUNT, seed: int = 0) -> Path:
+def composed(out: Path, count: int = COUNT, seed: int = 0, canvas: str = "any") -> Path:
     script = EXAMPLES / "compose.py"
-    asked = ("--count", str(count), "--seed", str(seed))
+    asked = ("--count", str(count), "--seed", str(seed), "--canvas", canvas)
     subprocess.run(
         [sys.executable, script, EXAMPLES / "data", out, *asked], check=True, capture_output=True
     )
@@ -86,6 +86,14 @@ def test_composing_is_a_function_of_the_seed(pictures, tmp_path):
     assert bytes_of(composed(tmp_path / "again")) == found
     other = bytes_of(composed(tmp_path / "other", seed=1))
     assert all(other[name] != found[name] for name in found if name.parts[0] == "images")
+
+
+def test_white_canvases_stay_white(tmp_path):
+    folder = composed(tmp_path / "white", canvas="white")
+    images, empty = images_of(folder).movedim(1, 3).float(), maps_of(folder) == 0
+    assert (images[:, 0] == 255).all()
+    assert images[empty].mean() > 250  # but for the rims of objects
+    assert images[~empty].mean() < 230
 
 
 def test_boxes_hold_the_objects_of_the_label_maps(pictures):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -85,14 +86,15 @@ def corner_waves(sections: int, width: int) -> Float[Tensor, "corners width"]:
     """Sinusoids of where the corners lie, to begin their embeddings with: near corners are alike.
 
     Of x in the first half of the numbers, of y in the second; from half a period across the picture to
-    one that a cell takes half of. Mean square 1.
+    one that a cell takes half of. Mean square 1; zeros where the width is no multiple of 4.
     """
     place = torch.arange(sections) / (sections - 1)
     octaves = torch.linspace(0.0, math.log2(sections - 1), width // 4)
     angles = math.pi * place[:, None] * 2.0**octaves
     waves = math.sqrt(2.0) * torch.cat([angles.cos(), angles.sin()], dim=1)
     y, x = (part.flatten() for part in torch.meshgrid(*[torch.arange(sections)] * 2, indexing="ij"))
-    return torch.cat([waves[x], waves[y]], dim=1)
+    both = torch.cat([waves[x], waves[y]], dim=1)
+    return F.pad(both, (0, width - both.shape[1]))
 
 
 def layout_of_boxes(
