@@ -323,7 +323,7 @@ def test_holes_of_a_set_are_those_of_its_pictures(world):
     with torch.no_grad():
         masked = autoencoder.encode(fill_hole(images, holes, "ldm")).mean
     expected = model.received({"mask": mask_values(masked, holes)})
-    assert torch.allclose(values["mask"], expected["mask"], atol=1e-4)
+    assert (values["mask"] - expected["mask"]).norm() <= 0.01 * expected["mask"].norm()
 
 
 def save_model(world: World, path: Path, *kinds: str) -> Path:
