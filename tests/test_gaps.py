@@ -195,4 +195,4 @@ def test_latents_of_gappy_pictures_are_finite(folder, pipeline, tmp_path):
         read_images(open_source(SourceConfig(data=folder)).items, PreprocessingConfig(size=SIZE))
     )
     expected = ldmkit.load_autoencoder(pipeline.ae).encode(images.images).mean
-    assert torch.allclose(batch.mean.float(), expected, atol=2e-3)
+    assert (batch.mean.float() - expected).norm() <= 0.01 * expected.norm()

@@ -70,12 +70,18 @@ def test_a_table_says_the_same_as_json_lines_from_a_file_or_a_pipe(model, tmp_pa
 def test_prompts_make_a_sample_a_line_in_order(model, tmp_path):
     prompts = io.BytesIO("b a\n\nüber b\n".encode())
     out = tmp_path / "samples.safetensors"
-    ldmkit.sample(SampleConfig(model=model, prompts=STREAM, steps=1, out=out), None, prompts)
+    given = {"model": model, "prompts": STREAM, "steps": 1, "out": out, "precision": "fp32"}
+    ldmkit.sample(SampleConfig.model_validate(given), None, prompts)
     header, tensors = load(out, kind="samples")
     told = unragged(tensors["told.bytes"].numpy(), tensors["told.offsets"].numpy())
     assert [json.loads(line).get("text") for line in told] == ["b a", "", "über b"]
     assert tensors["seed"].tolist() == [0, 1, 2]
-    assert header.facts["manner"] == {"sampler": "heun", "steps": 1, "guidance": 2.0}
+    assert header.facts["manner"] == {
+        "sampler": "heun",
+        "steps": 1,
+        "guidance": 2.0,
+        "precision": "fp32",
+    }
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ CALLS = {
 ENDINGS = (".extractall", ".read_pickle", ".to_pickle")
 STARTING = ("os.exec", "os.spawn", "os.posix_spawn", "os.fork")
 UNPICKLING = ROOT / "src/ldmkit/unpickling.py"
+HEAP = ROOT / "src/ldmkit/heap.py"
 
 
 def findings(tree: ast.AST) -> list[str]:
@@ -76,8 +77,11 @@ def call_findings(node: ast.Call) -> list[str]:
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT / "src")))
 def test_the_package_runs_nothing_that_comes_from_data(file):
-    expected = ["subprocess", "torch.load"] if file == UNPICKLING else []
-    assert sorted(findings(ast.parse(file.read_text()))) == expected
+    expected = {
+        UNPICKLING: ["subprocess", "torch.load"],
+        HEAP: ["ctypes"],  # three calls with constants
+    }
+    assert sorted(findings(ast.parse(file.read_text()))) == expected.get(file, [])
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 
 from ldmkit.assembly import (
+    autoencoder_facts,
     diffusion_facts,
     load_autoencoder,
     load_diffusion,
+    precision_for,
     require_same_autoencoder,
 )
 from ldmkit.autoencoder.autoencoder import Autoencoder
@@ -63,7 +65,8 @@ def drawn_pictures(
         starts = range(mine.start, mine.stop, config.batch_size)
         ranges = (slice(n, min(n + config.batch_size, mine.stop)) for n in starts)
         blocks = ((latents[part], seeds[part]) for part in ranges)
-    decoder = load_autoencoder(ae, device)
+    # as `decode` and `sample` compute unless asked otherwise
+    decoder = load_autoencoder(ae, device, precision_for(autoencoder_facts(ae), "auto"))
     folder = config.out / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     with track("samples", len(mine), unit="sample") as progress:
@@ -105,7 +108,7 @@ def _from_model(
 ) -> Iterator[Drawn]:
     facts = diffusion_facts(file)
     require_same_autoencoder(facts.autoencoder, ae, f"the latents that {file} makes")
-    model = load_diffusion(file, device)
+    model = load_diffusion(file, device, "auto")
     total = config.num or USUAL
     wish = SampleConfig(
         model=file,
