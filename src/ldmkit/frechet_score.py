@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 
-from ldmkit.assembly import autoencoder_facts, load_autoencoder, preprocessing_of
+from ldmkit.assembly import (
+    autoencoder_facts,
+    load_autoencoder,
+    precision_for,
+    preprocessing_of,
+    ready,
+)
 from ldmkit.configs import EMAConfig
 from ldmkit.drawing import Manner, draw_latents, seeded_noise
 from ldmkit.errors import UsageError
@@ -31,17 +37,20 @@ def frechet_score(
         reference: what `evaluate --save-reference` wrote.
         shape: z, height, width of the latents.
 
+    Returns:
+        The number for a model, which is made ready to draw and cannot be trained after that.
+
     Raises:
         UsageError: the autoencoder or the network is not named.
         DataError: a file cannot be used, or the reference was measured otherwise.
     """
     if config.ae is None or config.effnet is None:
         raise UsageError("--reference scores pictures: give --ae and --effnet too")
-    decoder, network = (
-        load_autoencoder(config.ae),
-        effnet_network(config.effnet, torch.device("cpu")),
-    )
-    seen = preprocessing_of(autoencoder_facts(config.ae), None)
+    facts, device = autoencoder_facts(config.ae), torch.device("cpu")
+    # as `decode`, `sample` and `evaluate` compute unless asked otherwise
+    decoder = load_autoencoder(config.ae, device, precision_for(facts, "auto"))
+    network = effnet_network(config.effnet, device)
+    seen = preprocessing_of(facts, None)
     same = seen.model_dump(include={"size", "resize", "crop", "channels", "background", "range"})
     wanted = {"weights": network.weights, "network_input": network.resize, **same}
     stored = load_reference(
@@ -54,8 +63,9 @@ def frechet_score(
         wish = SampleConfig(model=config.run, num=config.num)
         asked = asked_of(wish, model.config, shape, None)
         statistics = FeatureStatistics()
+        ready(model, "auto")
         with track("samples", config.num, unit="sample") as progress:
-            for group, kept in groups_of(config.num, BATCH, torch.device("cpu")):
+            for group, kept in groups_of(config.num, BATCH, device):
                 numbers = group.tolist()
                 noise = seeded_noise(numbers)
                 size = (len(numbers), *shape)

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -42,7 +43,15 @@ class Orders(NamedTuple):
     patience: float | None = None
     """Seconds that it waits for another owner of the directory; None as usual."""
     hold: str = ""
-    """While there is a file of this name, fsync does not return, as on a disk that is very busy."""
+    """While there is a file of this name, fsync of a file does not return, as on a disk that is very busy.
+
+    That of a directory does: one comes before a command owns its directory.
+    """
+
+    def holds(self, opened: int) -> bool:
+        """Whether a sync of this descriptor is to wait longer."""
+        regular = stat.S_ISREG(os.fstat(opened).st_mode)
+        return bool(self.hold) and regular and Path(self.hold).exists()
 
 
 class Call(NamedTuple):
@@ -261,7 +270,7 @@ class Disk:
 
         def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             def call(*given: Any, **named: Any) -> Any:
-                while name == "fsync" and self.orders.hold and Path(self.orders.hold).exists():
+                while name == "fsync" and self.orders.holds(given[0]):
                     time.sleep(0.01)
                 path = _path_of(name, given, named.get("dir_fd"))
                 return self.around(name, path, lambda: original(*given, **named))
