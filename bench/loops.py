@@ -20,6 +20,7 @@ from peers import (
 )
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from workloads import (
     ADVERSARIAL_WEIGHT,
     GUIDANCE,
@@ -35,6 +36,8 @@ from ldmkit.autoencoder_configs import DiscriminatorConfig
 
 SETTINGS = {"fp32", "amp", "bf16", "cl", "fused", "compile"}
 TIMESTEPS = 1000
+DECAY = 0.9999
+"""Of the average of the U-Net's weights."""
 MAX_ADAPTIVE = 1e4
 
 
@@ -182,13 +185,16 @@ def decode(network: Autoencoding, setting: Setting, workload: Workload) -> Prepa
 
 
 def train_unet(network: Predicting, setting: Setting, workload: Workload) -> Prepared:
-    """The noise's mean squared error, AdamW; no average of the weights, no norm of the gradient."""
+    """The noise's mean squared error, norm of the gradient, AdamW, average of the weights, as ours does."""
     device = setting.device
     module = setting.module(network.module).train()
     predict = setting.function(network.predict)
     clean = setting.values(workload.latents(device))
     tokens = setting.values(workload.context(device)) if workload.attends else None
-    optimizer = setting.optimizer(module.parameters())
+    weights: list[Tensor] = [*module.parameters()]
+    optimizer = setting.optimizer(weights)
+    average = [weight.detach().clone() for weight in weights]
+    update_average = get_ema_multi_avg_fn(DECAY)
     kept = _kept_signal(device)
 
     def step() -> None:
@@ -200,7 +206,12 @@ def train_unet(network: Predicting, setting: Setting, workload: Workload) -> Pre
         with setting.context():
             loss = F.mse_loss(predict(noisy, times, tokens).float(), noise.float())
         loss.backward()
+        norm = nn.utils.get_total_norm(x.grad for x in weights if x.grad is not None)
+        if not norm.isfinite():
+            return
         optimizer.step()
+        with torch.no_grad():
+            update_average(average, weights, 1)
 
     return _prepared(step, module, setting, same=network.same, trained=(module,))
 

@@ -49,6 +49,7 @@ from ldmkit.encodings import Encodings
 from ldmkit.facts import SampleFacts
 from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.sample_blocks import Block, decoded
+from ldmkit.sample_groups import sample_groups
 from ldmkit.tower_configs import EmbeddedTextCondition
 from ldmkit.training.runtime import groups_of, in_bfloat16, noise_from, pick_device, settled
 
@@ -164,11 +165,12 @@ def sample(workload: Workload, device: str, precision: Precision) -> Prepared:
     tokens = workload.context("cpu")
     guide = guide_together(model.config.conditions, GUIDANCE)
     manner = Manner(SAMPLING_STEPS, guide, sampler="ddim")
-    shape = workload.latents("cpu").shape[1:]
+    _, *rest = workload.latents("cpu").shape
+    shape = (rest[0], rest[1], rest[2])
 
     def step() -> object:
         encodings, drawn = Encodings(), []
-        for rows, kept in groups_of(workload.batch, workload.batch, place):
+        for rows, kept in sample_groups(workload.batch, workload.batch, model, shape):
             noise = seeded_noise(rows.tolist())
             told = {TEXT: tokens[rows]} if workload.attends else {}
             size = (len(rows), *shape)

@@ -24,8 +24,8 @@ NOTES = {
     "encode": "Pictures to moments, no gradients; ldmkit: `encode_batch`, to tensors as they are stored.",
     "decode": "Latents to pictures, no gradients; ldmkit: the groups that `decode` makes of a block.",
     "unet-train": (
-        "Noise, forward, mean squared error, backward, AdamW. ldmkit's step (`draw_batch`, `take_step`) also keeps "
-        "the average of the weights, the norm of the gradient and a guard, which the peers' loops do not."
+        "Noise, forward, mean squared error, backward, norm of the gradient, AdamW, average of the weights. ldmkit: "
+        "`draw_batch`, `take_step`."
     ),
     "sample": (
         "25 DDIM steps with guidance. Peers: one doubled batch, a plain loop; ldmkit: `draw_latents` in the groups that "

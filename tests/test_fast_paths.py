@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ldmkit import heap
 from ldmkit.diffusion_configs import UNetConfig
-from ldmkit.networks import inference
+from ldmkit.networks import packed
 from ldmkit.networks.attention import MANY_PAIRS, attend
 from ldmkit.networks.blocks import Upsample
 from ldmkit.networks.inference import compute_in_bfloat16, packing_works, remember_contexts
@@ -83,8 +83,8 @@ def test_doubling_and_convolution_as_one_learn_alike():
 
 def test_a_result_does_not_depend_on_the_batch_in_the_way_it_is_computed(monkeypatch):
     layer, ways = Upsample(8), []
-    folded = layer._folded
-    monkeypatch.setattr(layer, "_folded", lambda: (ways.append(1), folded())[1])
+    folded = layer.folded
+    monkeypatch.setattr(layer, "folded", lambda: (ways.append(1), folded())[1])
     for batch in (1, 64):
         layer(drawn(batch, 8, 4, 4))
     assert len(ways) == 2
@@ -150,7 +150,7 @@ def test_where_torch_has_no_packing_the_layers_stay(monkeypatch):
     def missing(*args):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(inference, "_packed_linear", missing)
+    monkeypatch.setitem(packed.KINDS, torch.nn.Linear, missing)
     packing_works.cache_clear()
     try:
         assert not packing_works()
@@ -160,6 +160,70 @@ def test_where_torch_has_no_packing_the_layers_stay(monkeypatch):
         assert not any("forward" in vars(layer) for layer in network.modules())
     finally:
         packing_works.cache_clear()
+
+
+def usual_unet(side):
+    """With layers as wide as those whose kernels choose another order for another batch."""
+    torch.manual_seed(0)
+    config = UNetConfig(
+        channels=64,
+        multipliers=(1, 4),
+        residual_blocks=1,
+        attention_factors=(2,),
+        head_channels=32,
+        context_channels=256,
+    )
+    network = UNet(config, in_channels=4, out_channels=4, use_tokens=True).eval()
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    compute_in_bfloat16(network.requires_grad_(False))
+    x, tokens = drawn(9, 4, side, side), drawn(9, 77, 256)
+    return lambda rows: network(
+        x[rows].bfloat16(), torch.full((len(x[rows]),), 500.0), None, tokens[rows].bfloat16()
+    )
+
+
+@pytest.mark.skipif(not packing_works(), reason="this torch has not the operators")
+@pytest.mark.parametrize(("side", "threads"), [(8, 1), (8, 2), (32, 2), (32, 3)])
+@torch.no_grad()
+def test_a_row_has_the_same_bytes_in_every_batch(side, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        network = usual_unet(side)
+        pairs = [network(slice(first, first + 2)) for first in (0, 2, 4, 6)]
+        alone = torch.cat(pairs)
+        for first, last in ((0, 1), (0, 9), (1, 8)):
+            rows = network(slice(first, last))
+            last = min(last, 8)
+            assert torch.equal(rows[: last - first], alone[first:last])
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_a_layer_that_adds_up_otherwise_in_larger_batches_goes_pair_by_pair(monkeypatch):
+    """Such as this one: in batches of more than two it adds up the inputs from the last to the first."""
+
+    def ordered(layer, weights):
+        def forward(x):
+            seen = x if len(x) <= 2 else x.flip(-1)
+            weight = layer.weight if len(x) <= 2 else layer.weight.flip(1)
+            sums = torch.zeros(len(x), layer.out_features)
+            for column in range(x.shape[-1]):
+                sums += seen[:, column, None].float() * weight[:, column].float()
+            return sums.to(x.dtype)
+
+        return forward
+
+    monkeypatch.setitem(packed.KINDS, torch.nn.Linear, ordered)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32).bfloat16()
+    x = drawn(5, 64, dtype=torch.bfloat16)
+    pairs = torch.cat([ordered(layer, None)(x[first : first + 2]) for first in (0, 2)])
+    assert not packed.rows_are_alike(layer, x)
+    packed.pack(layer)
+    assert torch.equal(layer(x)[:4], pairs)
 
 
 @torch.no_grad()

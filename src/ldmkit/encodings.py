@@ -19,8 +19,8 @@ class Encodings:
     """Conditions by what is told; to be called in place of `LatentDiffusion.condition`.
 
     The text of a prompt, and the empty one of guidance, go through their transformer once for a
-    command instead of once for each batch. On the CPU rows are encoded two at a time, as samples are
-    drawn, so that the bytes are the same. What is concatenated is each sample's own and not kept.
+    command instead of once for each batch. On the CPU rows are encoded two at a time, so that
+    the bytes are the same beside any others. What is concatenated is each sample's own and not kept.
     """
 
     def __init__(self) -> None:

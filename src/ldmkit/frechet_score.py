@@ -21,8 +21,8 @@ from ldmkit.metrics.feature_networks import effnet_network, features_of
 from ldmkit.metrics.frechet import FeatureStatistics, frechet_distance, rgb_pixels
 from ldmkit.metrics.reference import load_reference, stored_protocol
 from ldmkit.requests import asked_of
+from ldmkit.sample_groups import sample_groups
 from ldmkit.terminal import track
-from ldmkit.training.runtime import groups_of
 
 BATCH = 16
 
@@ -65,7 +65,7 @@ def frechet_score(
         statistics = FeatureStatistics()
         ready(model, "auto")
         with track("samples", config.num, unit="sample") as progress:
-            for group, kept in groups_of(config.num, BATCH, device):
+            for group, kept in sample_groups(config.num, BATCH, model, shape):
                 numbers = group.tolist()
                 noise = seeded_noise(numbers)
                 size = (len(numbers), *shape)

@@ -18,8 +18,8 @@ LARGEST = 512
 def batch_with_room(draw: Callable[[int], object], total: int, device: torch.device) -> int:
     """How many samples to draw at once.
 
-    On the CPU samples go through the network two at a time in any case, and the usual number is as good
-    as any. On CUDA the peaks of two small batches are measured, and those of larger ones lie on a line.
+    On the CPU samples go through the network in small groups in any case (`sample_groups`), and the usual
+    number is as good as any. On CUDA the peaks of two small batches are measured, and those of larger ones lie on a line.
 
     Args:
         draw: draws so many samples, as far as the peak of memory needs.

@@ -49,7 +49,7 @@ class Reading(NamedTuple):
 
 def main() -> int:
     """Run both, say what was found."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     options.add_argument("out", type=Path, help="directory, which must not be there yet")
     options.add_argument("--steps", type=int, default=40_000, help="of each of the two runs")
     options.add_argument("--every", type=float, default=60.0, help="mean seconds from kill to kill")
@@ -111,7 +111,7 @@ def reading_of(process: int) -> list[Reading]:
     """Memory and files of a process; nothing when it has just left."""
     try:
         pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-        files = len(os.listdir(f"/proc/{process}/fd"))
+        files = len(list(Path(f"/proc/{process}/fd").iterdir()))
     except (OSError, IndexError):
         return []
     return [Reading(time.monotonic(), pages * os.sysconf("SC_PAGE_SIZE") / MIB, files)]

@@ -202,12 +202,16 @@ class Upsample(nn.Module):
 
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Map `[b, c, h, w]` to `[b, c, 2h, 2w]`."""
-        plain = self.conv.padding == (1, 1)  # not made circular
-        if plain and x.device.type == "cpu" and x.shape[2] * x.shape[3] >= x.shape[1]:
-            return F.conv_transpose2d(x, self._folded(), self.conv.bias, stride=2, padding=1)
+        if self.is_folded(x):
+            return F.conv_transpose2d(x, self.folded(), self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    def _folded(self) -> Float[Tensor, "channels channels 4 4"]:
+    def is_folded(self, x: FeatureMap) -> bool:
+        """Whether both are computed as one."""
+        plain = self.conv.padding == (1, 1)  # not made circular
+        return plain and x.device.type == "cpu" and x.shape[2] * x.shape[3] >= x.shape[1]
+
+    def folded(self) -> Float[Tensor, "channels channels 4 4"]:
         """Both as one transposed convolution, which takes 16 of 36 multiplications.
 
         A pixel is repeated in a cell of 2x2, so its part of the result is the sum of the turned kernel,

@@ -1,23 +1,12 @@
-"""Networks made ready to be run many times without gradients: bfloat16, and weights laid out once.
-
-oneDNN puts the weights of a convolution or linear layer into an order of its own at each call. On
-small maps that takes as long as the multiplication. `torch.compile` with freezing lays them out once, by the
-operators that are used here; they are private to torch, so each is tried before it is relied on.
-"""
+"""Networks made ready to be run many times without gradients: bfloat16, and what does not change kept."""
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldmkit.networks.packed import pack, packing_works
 from ldmkit.networks.transformer import TransformerBlock
-
-SHAPES = 4
-"""Of maps for which a layer keeps its packed weights at most; pictures in buckets have many."""
-FEW_CHANNELS = 8
-"""Below so many, of input or output, a convolution is left alone: nothing is won."""
 
 
 def compute_in_bfloat16(network: nn.Module) -> None:
@@ -32,15 +21,8 @@ def compute_in_bfloat16(network: nn.Module) -> None:
     network.to(torch.bfloat16)
     if any(weight.device.type == "cuda" for weight in network.parameters()):
         network.to(memory_format=torch.channels_last)  # what tensor cores want  # pyright: ignore
-    if not packing_works():
-        return
-    for layer in network.modules():
-        if any(weight.device.type != "cpu" for weight in layer.parameters(recurse=False)):
-            continue
-        if type(layer) is nn.Linear:
-            layer.forward = _packed_linear(layer)
-        elif type(layer) is nn.Conv2d and min(layer.weight.shape[:2]) >= FEW_CHANNELS:
-            layer.forward = _packed_convolution(layer)
+    if packing_works():
+        pack(network)
 
 
 def remember_contexts(network: nn.Module) -> None:
@@ -74,65 +56,3 @@ def _remembering(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return known[-1][1]
 
     return forward
-
-
-@cache
-def packing_works() -> bool:
-    """Whether this build of torch has the operators, and they give what the layers give."""
-    with torch.no_grad():
-        convolution = nn.Conv2d(16, 16, 3, padding=1, dtype=torch.bfloat16)
-        linear = nn.Linear(16, 16, dtype=torch.bfloat16)
-        x = torch.linspace(-1.0, 1.0, 1024, dtype=torch.bfloat16)
-        try:
-            pairs = (
-                (_packed_convolution(convolution), convolution, x.view(1, 16, 8, 8)),
-                (_packed_linear(linear), linear, x.view(64, 16)),
-            )
-            return all(
-                torch.allclose(packed(given), plain(given), rtol=0.05, atol=0.02)
-                for packed, plain, given in pairs
-            )
-        except (AttributeError, RuntimeError):  # another build of torch
-            return False
-
-
-def _packed_convolution(layer: nn.Conv2d) -> Callable[..., Tensor]:
-    plain, packed = layer.forward, dict[torch.Size, Tensor]()
-
-    def forward(input: Tensor) -> Tensor:
-        x = input
-        if torch.is_grad_enabled():  # these operators have no gradient
-            return plain(x)
-        how = ([*layer.padding], [*layer.stride], [*layer.dilation], layer.groups)
-        if x.shape not in packed:
-            _make_room(packed)
-            packed[x.shape] = torch.ops.mkldnn._reorder_convolution_weight(
-                layer.weight, *how, list(x.shape)
-            )
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, packed[x.shape], layer.bias, *how, "none", [], ""
-        )
-
-    return forward
-
-
-def _packed_linear(layer: nn.Linear) -> Callable[..., Tensor]:
-    plain, packed = layer.forward, dict[int, Tensor]()
-
-    def forward(input: Tensor) -> Tensor:
-        x = input
-        if torch.is_grad_enabled():
-            return plain(x)
-        rows = x.numel() // x.shape[-1]
-        if rows not in packed:
-            _make_room(packed)
-            packed[rows] = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
-        return torch.ops.mkldnn._linear_pointwise(x, packed[rows], layer.bias, "none", [], "")
-
-    return forward
-
-
-def _make_room(packed: dict[Any, Tensor]) -> None:
-    """Forget the oldest where there are too many."""
-    if len(packed) >= SHAPES:
-        del packed[next(iter(packed))]

@@ -26,6 +26,7 @@ from ldmkit.metrics.frechet import rgb_pixels
 from ldmkit.modelfile import load_messages
 from ldmkit.pixels import save_png
 from ldmkit.requests import asked_of
+from ldmkit.sample_groups import sample_groups
 from ldmkit.tensors import Latents
 from ldmkit.terminal import track
 from ldmkit.training.runtime import groups_of
@@ -122,7 +123,8 @@ def _from_model(
         eta=config.eta,
     )
     asked, manner = asked_of(wish, model.config, facts.latent_shape, None), manner_of(wish, model)
-    for group, kept in groups_of(len(mine), config.batch_size, device):
+    groups = sample_groups(len(mine), config.batch_size, model, facts.latent_shape)
+    for group, kept in groups:
         numbers = [mine[place] for place in group.tolist()]
         seeds = [config.seed + number for number in numbers]
         shape = (len(numbers), *facts.latent_shape)

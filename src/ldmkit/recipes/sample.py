@@ -25,6 +25,7 @@ from ldmkit.origins import Origins, origins_of
 from ldmkit.ownership import owned
 from ldmkit.requests import as_lines, asked_of
 from ldmkit.sample_blocks import PATH, TOLD, Paths, share_of
+from ldmkit.sample_groups import sample_groups
 from ldmkit.sample_memory import batch_with_room
 from ldmkit.sample_parts import (
     asked_digest,
@@ -39,7 +40,7 @@ from ldmkit.sample_parts import (
 from ldmkit.tensors import Latents
 from ldmkit.terminal import Track, say, track
 from ldmkit.training.interruption import Interruption
-from ldmkit.training.runtime import groups_of, pick_device, settled
+from ldmkit.training.runtime import pick_device, settled
 
 HOW = (
     *("grid", "eta", "guidance_combination", "guidance_interval", "guidance_rescale"),
@@ -232,7 +233,8 @@ def _draw(
     paths: list[Latents] = []
     steps, count = work.config.steps, work.config.keep_path
     shown = {place * steps // count for place in range(count)}
-    for group, kept in groups_of(len(numbers), len(numbers), work.device):
+    groups = sample_groups(len(numbers), len(numbers), work.model, work.facts.latent_shape)
+    for group, kept in groups:
         if stop is not None and stop.requested:
             break
         estimates: list[Latents] = []

@@ -82,7 +82,11 @@ def groups_of(
     Yields:
         The samples' indices, the last one repeated to fill the group, and how many are not filling.
     """
-    width = CPU_GROUP if device.type == "cpu" else batch_size
+    return in_groups(count, CPU_GROUP if device.type == "cpu" else batch_size)
+
+
+def in_groups(count: int, width: int) -> Iterator[tuple[Int[Tensor, " width"], int]]:
+    """As `groups_of`, of that width."""
     for first in range(0, count, width):
         yield torch.arange(first, first + width).clamp(max=count - 1), min(width, count - first)
 
