@@ -192,7 +192,7 @@ def train_unet(network: Predicting, setting: Setting, workload: Workload) -> Pre
     clean = setting.values(workload.latents(device))
     tokens = setting.values(workload.context(device)) if workload.attends else None
     weights: list[Tensor] = [*module.parameters()]
-    optimizer = setting.optimizer(weights)
+    optimizer = setting.optimizer(module.parameters())
     average = [weight.detach().clone() for weight in weights]
     update_average = get_ema_multi_avg_fn(DECAY)
     kept = _kept_signal(device)
