@@ -262,8 +262,8 @@ def parse_header(file: "BufferedIOBase | _Recorder", source: str) -> Header | No
         raise DataError(f"{source} is cut off; make or copy it again")
     is_sealed = state_of(text, HEADER_START, f"the header of {source}", prefix) == "whole"
     try:
-        table = json.loads(text)
-        value = json.loads(table.pop("__metadata__")[METADATA_KEY])
+        table = json.loads(text, object_pairs_hook=_unambiguous)
+        value = json.loads(table.pop("__metadata__")[METADATA_KEY], object_pairs_hook=_unambiguous)
         if len(table) > MAX_TENSORS:
             raise DataError(
                 f"{source} declares {len(table)} tensors; at most {MAX_TENSORS} are read"
@@ -285,6 +285,13 @@ def parse_header(file: "BufferedIOBase | _Recorder", source: str) -> Header | No
     ) as error:
         raise DataError(f"{source} is not a file of ldmkit (header not understood)") from error
     return Header(kind, config, facts, tensors, 8 + length, payload_bytes, checksums, is_sealed)
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object; of two values of one name another reader might take the other one."""
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
 
 
 def _payload_bytes(tensors: dict[str, TensorEntry]) -> int:

@@ -240,7 +240,7 @@ def _sentence(error: ValidationError, config_class: type[Config]) -> str:
         (leaf for name, leaf in known.items() if f"{dotted}.".startswith(f"{name}.")), None
     )
     if problem["type"] == "missing" and field and dotted not in known:  # a part of a list
-        return f"{field.option}: too few values (got {','.join(problem['input'])})"
+        return f"{field.option}: too few values (got {','.join(map(str, problem['input']))})"
     if problem["type"] == "missing":
         return f"{path[-1].upper()} is missing: {field.info.description if field else dotted}"
     if field is None:  # a check of a whole config, whose message names what it is about

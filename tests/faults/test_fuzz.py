@@ -6,9 +6,11 @@ import time
 import traceback
 
 import pytest
-from fuzz_targets import TARGETS, Target
+from fuzz_targets import TARGETS, Target, unsealed
 
+from ldmkit.configs import TrainDiffusionConfig
 from ldmkit.errors import LdmkitError
+from ldmkit.options import resolve
 
 SHORT, FULL = 250, 10_000
 MAX_SECONDS, MAX_BYTES = 1.0, 512 << 20
@@ -69,6 +71,42 @@ def test_readers_refuse_what_they_do_not_understand(name):
     assert name == "captions" or refused or name == "config"  # these list problems instead
     assert longest < MAX_SECONDS
     assert peak_bytes() - before < MAX_BYTES
+
+
+def with_header(block: bytes, old: bytes, new: bytes) -> bytes:
+    """A message whose header says something else in one place."""
+    length = int.from_bytes(block[:8], "little")
+    header = block[8 : 8 + length]
+    assert header.count(old) == 1
+    changed = header.replace(old, new)
+    return len(changed).to_bytes(8, "little") + changed + block[8 + length :]
+
+
+@pytest.mark.parametrize(
+    "new",
+    [b'"seed": {"dtype": "I64"}, "seed": {', b'"seed": {"more": 1, "more": 2, '],
+    ids=["tensor", "field"],
+)
+def test_a_header_that_says_a_thing_twice_is_refused(new):
+    """Found by the fuzzer: JSON readers differ in which of two values they take."""
+    plain = unsealed(TARGETS["stream"].seeds[0])
+    TARGETS["stream"].read(plain)
+    with pytest.raises(LdmkitError, match="header not understood"):
+        TARGETS["stream"].read(with_header(plain, b'"seed": {', new))
+
+
+def test_what_safetensors_alone_refuses_is_a_sentence():
+    plain = unsealed(TARGETS["stream"].seeds[0])
+    with pytest.raises(LdmkitError, match="header not understood"):
+        TARGETS["stream"].read(with_header(plain, b'"shape": [18]', b'"shape": ["18"]'))
+
+
+def test_a_list_that_is_too_short_is_a_sentence(tmp_path):
+    """Found by the fuzzer, in a file, where its parts are numbers."""
+    file = tmp_path / "c.toml"
+    file.write_text("betas = [0.9]\n")
+    with pytest.raises(LdmkitError, match=r"--betas: too few values \(got 0.9\)"):
+        resolve("train-diffusion", TrainDiffusionConfig, None, file, {})
 
 
 @pytest.mark.faults
