@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help bench demo test test-slow test-weights faults audit check lint types layers docs format setup setup-dev clean
+.PHONY: help bench demo test test-slow test-weights faults soak audit check lint types layers docs format setup setup-dev clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ check: setup-dev lint types layers test ## All that CI runs: lint, types, import
 
 faults: setup-dev ## Flip bits, feed broken inputs, kill, fail every call that writes, lose power, take safeties away: hours
 	$(BIN)/pytest -m faults tests
+
+soak: setup-dev ## Train for hours, killed once a minute, beside a run that is left alone
+	$(BIN)/python tests/faults/soak.py $${SOAK:-runs/soak}
 
 audit: setup-dev ## Compare constraints.txt with the known vulnerabilities (asks pypi.org)
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
