@@ -51,7 +51,7 @@ from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.sample_blocks import Block, decoded
 from ldmkit.sample_groups import sample_groups
 from ldmkit.tower_configs import EmbeddedTextCondition
-from ldmkit.training.runtime import groups_of, in_bfloat16, noise_from, pick_device, settled
+from ldmkit.training.runtime import in_bfloat16, noise_from, pick_device, settled
 
 Precision = Literal["auto", "fp32", "bf16"]
 USUAL: Precision = "auto"
@@ -123,7 +123,7 @@ def decode(workload: Workload, device: str, precision: Precision) -> Prepared:
     del precision
     model = _autoencoder(workload, device)
     latents = workload.latents("cpu")
-    count, place = len(latents), pick_device(device)
+    count, pixels = len(latents), latents.shape[2] * latents.shape[3]
     facts = SampleFacts(
         fingerprint="", autoencoder="", diffusion="", total=count, first=0, versions={}
     )
@@ -131,7 +131,7 @@ def decode(workload: Workload, device: str, precision: Precision) -> Prepared:
 
     def step() -> object:
         pictures = []
-        for rows, kept in groups_of(count, count, place):
+        for rows, kept in sample_groups(count, count, model, pixels):
             pictures += decoded(block, block.latents[rows], rows, kept, model)
         return pictures
 
@@ -166,11 +166,11 @@ def sample(workload: Workload, device: str, precision: Precision) -> Prepared:
     guide = guide_together(model.config.conditions, GUIDANCE)
     manner = Manner(SAMPLING_STEPS, guide, sampler="ddim")
     _, *rest = workload.latents("cpu").shape
-    shape = (rest[0], rest[1], rest[2])
+    shape, pixels = (rest[0], rest[1], rest[2]), rest[1] * rest[2]
 
     def step() -> object:
         encodings, drawn = Encodings(), []
-        for rows, kept in sample_groups(workload.batch, workload.batch, model, shape):
+        for rows, kept in sample_groups(workload.batch, workload.batch, model.unet, pixels):
             noise = seeded_noise(rows.tolist())
             told = {TEXT: tokens[rows]} if workload.attends else {}
             size = (len(rows), *shape)

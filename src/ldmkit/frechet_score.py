@@ -65,7 +65,7 @@ def frechet_score(
         statistics = FeatureStatistics()
         ready(model, "auto")
         with track("samples", config.num, unit="sample") as progress:
-            for group, kept in sample_groups(config.num, BATCH, model, shape):
+            for group, kept in sample_groups(config.num, BATCH, model.unet, shape[1] * shape[2]):
                 numbers = group.tolist()
                 noise = seeded_noise(numbers)
                 size = (len(numbers), *shape)

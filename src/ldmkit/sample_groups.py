@@ -1,11 +1,10 @@
-"""Which samples go through the U-Net together."""
+"""Which samples go through a network together."""
 
 from collections.abc import Iterator
 
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldmkit.latent_diffusion import LatentDiffusion
 from ldmkit.networks.packed import is_packed
 from ldmkit.training.runtime import CPU_GROUP, groups_of, in_groups
 
@@ -14,23 +13,23 @@ PIXELS = 2048
 
 
 def sample_groups(
-    count: int, batch_size: int, model: LatentDiffusion, shape: tuple[int, int, int]
+    count: int, batch_size: int, network: nn.Module, pixels: int
 ) -> Iterator[tuple[Int[Tensor, " width"], int]]:
-    """Divide `count` samples into the groups that are drawn at once.
+    """Divide `count` samples into the groups that go through a network at once.
 
     A packed network gives a sample the same bytes in any group, which then is as large as pays.
 
     Args:
         count: samples.
         batch_size: at most so many, but for other networks on the CPU.
-        model: made ready to draw.
-        shape: of the latents of a sample.
+        network: made ready to draw or decode.
+        pixels: of a sample's latents.
 
     Yields:
         As `groups_of`.
     """
-    device = model.latent_mean.device
-    if device.type != "cpu" or not is_packed(model.unet):
+    device = next(network.parameters()).device
+    if device.type != "cpu" or not is_packed(network):
         return groups_of(count, batch_size, device)
-    most = max(PIXELS // (shape[1] * shape[2]), CPU_GROUP)
+    most = max(PIXELS // pixels, CPU_GROUP)
     return in_groups(count, max(min(count, batch_size, most), 1))

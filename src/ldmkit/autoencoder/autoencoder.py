@@ -74,5 +74,7 @@ class Autoencoder(nn.Module):
     def decode(self, latents: Latents) -> Images:
         """Images for raw latents; not clipped to [-1, 1]. A codebook quantises them first."""
         if self.codebook is not None:
-            latents = self.codebook.quantize(latents)
+            # one by one: a tie may fall otherwise where a product has another number of rows
+            rows = [latents] if torch.is_grad_enabled() else latents.split(1)
+            latents = torch.cat([self.codebook.quantize(row) for row in rows])
         return self.decoder(self.from_latents(latents.to(self.dtype))).to(latents.dtype)

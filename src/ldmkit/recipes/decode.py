@@ -49,8 +49,9 @@ from ldmkit.sample_blocks import (
     share_of,
     words_of,
 )
+from ldmkit.sample_groups import sample_groups
 from ldmkit.terminal import say, track
-from ldmkit.training.runtime import groups_of, pick_device, settled
+from ldmkit.training.runtime import pick_device, settled
 
 RECORD_VERSION = 1
 ANY = range(1 << 62)
@@ -177,7 +178,7 @@ def _pictures(
             else:
                 todo.append((row, picture))
         start += len(block.seeds)
-        for group, kept in _groups(len(todo), manner):
+        for group, kept in _groups(len(todo), manner, model, block.latents):
             rows = torch.tensor([todo[place][0] for place in group])
             images = decoded(block, block.latents[rows], rows, kept, model, feather)
             for place, image in zip(group.tolist(), images, strict=False):
@@ -196,7 +197,7 @@ def _on_the_way(block: Block, row: int, model: Autoencoder, manner: Manner) -> I
         raise DataError(
             f"--animate: some of the samples in {manner.source} are drawn without --keep-path"
         )
-    for group, kept in _groups(block.path.shape[1], manner):
+    for group, kept in _groups(block.path.shape[1], manner, model, block.latents):
         rows = torch.full_like(group, row)
         yield from decoded(block, block.path[row, group], rows, kept, model, manner.config.feather)
 
@@ -250,11 +251,14 @@ def _there(picture: Picture, manner: Manner, listing: Listing) -> bool:
     )
 
 
-def _groups(count: int, manner: Manner) -> Iterator[tuple[Tensor, int]]:
-    """As `groups_of`; in tiles one by one, since even one picture may be large."""
+def _groups(
+    count: int, manner: Manner, model: Autoencoder, latents: Tensor
+) -> Iterator[tuple[Tensor, int]]:
+    """As `sample_groups`; in tiles one by one, since even one picture may be large."""
     if manner.config.tile:
         return ((torch.tensor([number]), 1) for number in range(count))
-    return groups_of(count, manner.config.batch_size, manner.device)
+    pixels = latents.shape[2] * latents.shape[3]
+    return sample_groups(count, manner.config.batch_size, model, pixels)
 
 
 def _sheet_path(config: DecodeConfig) -> Path | None:

@@ -1,5 +1,6 @@
 """Samples of a model as picture files: drawn here, or from a sample file."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from ldmkit.requests import asked_of
 from ldmkit.sample_groups import sample_groups
 from ldmkit.tensors import Latents
 from ldmkit.terminal import track
-from ldmkit.training.runtime import groups_of
 
 USUAL = 1000
 """Samples, where nothing says how many."""
@@ -93,7 +93,8 @@ def _decode(
 ) -> None:
     """Decode and write some samples."""
     device = next(decoder.parameters()).device
-    for group, kept in groups_of(len(seeds), batch_size, device):
+    pixels = latents.shape[2] * latents.shape[3]
+    for group, kept in sample_groups(len(seeds), batch_size, decoder, pixels):
         images = decoder.decode(latents[group].to(device))[:kept].float()
         if not images.isfinite().all():
             raise DataError(
@@ -123,7 +124,8 @@ def _from_model(
         eta=config.eta,
     )
     asked, manner = asked_of(wish, model.config, facts.latent_shape, None), manner_of(wish, model)
-    groups = sample_groups(len(mine), config.batch_size, model, facts.latent_shape)
+    _, *sides = facts.latent_shape
+    groups = sample_groups(len(mine), config.batch_size, model.unet, math.prod(sides))
     for group, kept in groups:
         numbers = [mine[place] for place in group.tolist()]
         seeds = [config.seed + number for number in numbers]

@@ -1,5 +1,6 @@
 """`ldmkit sample`: seeds and conditions in, latents out."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedIOBase
@@ -233,7 +234,8 @@ def _draw(
     paths: list[Latents] = []
     steps, count = work.config.steps, work.config.keep_path
     shown = {place * steps // count for place in range(count)}
-    groups = sample_groups(len(numbers), len(numbers), work.model, work.facts.latent_shape)
+    _, *sides = work.facts.latent_shape
+    groups = sample_groups(len(numbers), len(numbers), work.model.unet, math.prod(sides))
     for group, kept in groups:
         if stop is not None and stop.requested:
             break
