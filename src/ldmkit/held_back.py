@@ -57,7 +57,7 @@ def held_back_latents(
         DataError: --validation-latents are of another autoencoder, or have other classes.
     """
     if config.validation_latents is None:
-        indices = np.setdiff1d(np.arange(len(latents)), training)
+        indices = np.delete(np.arange(len(latents)), training)
         if config.holdout and not len(indices):
             say(f"--holdout {config.holdout:g} keeps none of so few latents back: no validation")
         others = latents

@@ -116,7 +116,7 @@ def rows_of_set(latents: LatentSet, holdout: float) -> np.ndarray:
     indices = np.arange(len(latents))
     if not holdout:
         return indices
-    indices = np.setdiff1d(indices, latents.training_indices(holdout))
+    indices = np.delete(indices, latents.training_indices(holdout))
     if not len(indices):
         raise DataError(f"--holdout {holdout:g} keeps none of the latents back")
     return indices

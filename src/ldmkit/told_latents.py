@@ -153,7 +153,7 @@ def _silence(config: MeasuringConfig, model: LatentDiffusion, count: int) -> dic
 def _indices(config: MeasuringConfig, latents: LatentSet, num: int | None) -> np.ndarray:
     indices = np.arange(len(latents))
     if config.holdout:
-        indices = np.setdiff1d(indices, latents.training_indices(config.holdout))
+        indices = np.delete(indices, latents.training_indices(config.holdout))
         if not len(indices):
             raise DataError(
                 f"--holdout {config.holdout:g} keeps none of the {len(latents)} latents in "
