@@ -177,7 +177,7 @@ def usual_unet(side):
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.05)
     compute_in_bfloat16(network.requires_grad_(False))
-    x, tokens = drawn(9, 4, side, side), drawn(9, 77, 256)
+    x, tokens = drawn(5, 4, side, side), drawn(5, 77, 256)
     return lambda rows: network(
         x[rows].bfloat16(), torch.full((len(x[rows]),), 500.0), None, tokens[rows].bfloat16()
     )
@@ -191,11 +191,11 @@ def test_a_row_has_the_same_bytes_in_every_batch(side, threads):
     torch.set_num_threads(threads)
     try:
         network = usual_unet(side)
-        pairs = [network(slice(first, first + 2)) for first in (0, 2, 4, 6)]
+        pairs = [network(slice(first, first + 2)) for first in (0, 2)]
         alone = torch.cat(pairs)
-        for first, last in ((0, 1), (0, 9), (1, 8)):
+        for first, last in ((0, 1), (0, 5), (1, 4)):
             rows = network(slice(first, last))
-            last = min(last, 8)
+            last = min(last, 4)
             assert torch.equal(rows[: last - first], alone[first:last])
     finally:
         torch.set_num_threads(before)
