@@ -1,12 +1,14 @@
 """Saving, stopping and refusing from outside: nothing is lost, and nobody works beside another."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from pydantic import ValidationError
@@ -18,6 +20,7 @@ from ldmkit.data_configs import EncodeConfig
 from ldmkit.errors import InterruptedRun, StorageError, UsageError
 from ldmkit.fields import seconds
 from ldmkit.ownership import owned
+from ldmkit.sample_parts import drop_leftovers, found_parts, parts_of
 from ldmkit.training import interruption
 from ldmkit.training.checkpoint import saved_checkpoints
 from ldmkit.training.interruption import SAVE_NOW, Interruption
@@ -182,6 +185,46 @@ def test_of_many_at_once_one_at_a_time_is_the_owner(tmp_path):
     assert max(most) == 1
     assert len(most) == 40
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "run"])
+
+
+def test_a_directory_that_goes_while_it_is_made_is_made_anew(tmp_path, monkeypatch):
+    directory, make = tmp_path / "run", os.mkdir
+    refusals = iter((FileExistsError, FileNotFoundError))
+
+    def removed_at_once(path, *rest, **options):
+        refusal = next(refusals, None)
+        if refusal is None:
+            make(path, *rest, **options)
+        else:
+            raise refusal(17, "as if another process were at it", str(path))
+
+    monkeypatch.setattr(os, "mkdir", removed_at_once)
+    with owned(directory):
+        assert directory.is_dir()
+    assert next(refusals, None) is None
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_what_is_no_directory_is_not_waited_for(inside, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError), owned(tmp_path / "link" / inside):
+        pass
+
+
+def test_parts_that_go_while_they_are_listed_are_no_parts(tmp_path, monkeypatch):
+    """Of several processes that wait for the same samples, one removes the parts when they are joined."""
+    out, list_directory = tmp_path / "samples.safetensors", os.scandir
+    parts_of(out).mkdir()
+
+    def removed_before(path):
+        with suppress(FileNotFoundError):
+            parts_of(out).rmdir()
+        return list_directory(path)
+
+    monkeypatch.setattr(os, "scandir", removed_before)
+    drop_leftovers(out, "asked")
+    parts_of(out).mkdir()
+    assert found_parts(out, "asked") == []
 
 
 def test_parts_of_one_set_are_written_side_by_side(tmp_path):

@@ -1,6 +1,7 @@
 """One writer to a directory: a second one is refused before it can spoil the first one's work."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +50,16 @@ def owned(directory: Path, part: str = "", *, patience: float | None = None) -> 
 
 def _acquire(lock: BaseFileLock, directory: Path, patience: float) -> None:
     while True:
-        make_directory(directory)
         try:
+            make_directory(directory)
             lock.acquire(timeout=patience)
         except FileNotFoundError:  # who had the directory has just removed it
+            continue
+        except (
+            FileExistsError
+        ) as error:  # it was removed between the attempt to make it and a look at it
+            if os.path.lexists(error.filename):
+                raise
             continue
         except Timeout as error:
             raise UsageError(

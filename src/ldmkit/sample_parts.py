@@ -67,11 +67,10 @@ def drop_leftovers(out: Path, asked: str) -> None:
     Parts of another command stay: it may be run again.
     """
     sweep_temporaries(out.parent, out.name)
-    parts = sorted(parts_of(out).glob(f"*{SUFFIX}"))
     try:
-        others = [path for path in parts if read_header(path).facts.get("asked") != asked]
+        others = [path for path in _files(out) if read_header(path).facts.get("asked") != asked]
     except DataError:
-        return  # what is damaged is the affair of the command that made it
+        return  # what is damaged is the affair of the command that made it; what is gone is another's
     if not others and parts_of(out).is_dir():
         remove(parts_of(out))
 
@@ -83,7 +82,7 @@ def found_parts(out: Path, asked: str) -> list[Part]:
         DataError: the directory holds parts of something else.
     """
     found = []
-    for path in sorted(parts_of(out).glob(f"*{SUFFIX}")):
+    for path in _files(out):
         try:
             header = read_header(path)
             facts = validated(SampleFacts, header.facts, str(path))
@@ -99,6 +98,16 @@ def found_parts(out: Path, asked: str) -> list[Part]:
             )
         found.append(Part(path, facts.first, facts.first + header.tensors["seed"].shape[0]))
     return sorted(found, key=lambda part: part.first)
+
+
+def _files(out: Path) -> list[Path]:
+    """Of parts, in order."""
+    try:
+        return sorted(parts_of(out).glob(f"*{SUFFIX}"))
+    except (
+        FileNotFoundError
+    ):  # the directory went while it was listed: another process joined the parts
+        return []
 
 
 def missing(parts: Sequence[Part], wanted: range) -> list[range]:
@@ -130,7 +139,10 @@ def joined(out: Path, asked: str, facts: SampleFacts) -> bool:
         return is_complete(out, asked)
     try:
         held = FileLock(directory / "join.lock").acquire()  # several jobs may end at the same time
-    except FileNotFoundError:  # another one has made the file meanwhile, and removed the parts
+    except (
+        FileNotFoundError,
+        FileExistsError,
+    ):  # another one has just removed the parts: it is made
         return is_complete(out, asked)
     with held:
         done = is_complete(out, asked)
