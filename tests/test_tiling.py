@@ -33,14 +33,21 @@ LOCAL = TINY.model_copy(update={"middle_attention": False})
 EXACT, LOCAL_ONLY = 1e-4, 1e-5
 
 
+class Copy(nn.Module):
+    """In the place of a norm: a block uses the memory of what a norm gives again."""
+
+    def forward(self, x):
+        return x.clone()
+
+
 def build(config, *, norms=True):
     torch.manual_seed(0)
     model = Autoencoder(config, 3).eval().requires_grad_(False)
     for module in model.modules():
         if not norms and isinstance(module, ResidualBlock):
-            module.norm1 = module.norm2 = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+            module.norm1 = module.norm2 = Copy()  # pyright: ignore[reportAttributeAccessIssue]
     if not norms:
-        model.encoder.norm_out = model.decoder.norm_out = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        model.encoder.norm_out = model.decoder.norm_out = Copy()  # pyright: ignore[reportAttributeAccessIssue]
     else:  # a norm that only divides would not notice a wrong scale or shift
         for name, parameter in model.named_parameters():
             if "norm" in name:

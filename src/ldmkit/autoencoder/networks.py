@@ -11,7 +11,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmkit.autoencoder_configs import AutoencoderConfig
-from ldmkit.networks.blocks import FeatureMap, Norm, ResidualBlock, SpatialAttention, Upsample
+from ldmkit.networks.blocks import (
+    FeatureMap,
+    Norm,
+    ResidualBlock,
+    SpatialAttention,
+    Upsample,
+    activated,
+)
 from ldmkit.tensors import Images
 
 EPS = 1e-6
@@ -78,7 +85,7 @@ class Encoder(nn.Module):
         h = self.conv_in(images)
         for level in self.levels:
             h = _run(level, h, self.checkpointing)
-        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+        return self.conv_out(activated(self.norm_out(self.middle(h))))
 
 
 class Decoder(nn.Module):
@@ -110,7 +117,7 @@ class Decoder(nn.Module):
         h = self.middle(self.conv_in(latents))
         for level in self.levels:
             h = _run(level, h, self.checkpointing)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(activated(self.norm_out(h)))
 
 
 def _run(level: nn.Module, h: FeatureMap, checkpointing: bool) -> FeatureMap:

@@ -74,6 +74,20 @@ def zeroed(module: nn.Conv2d) -> nn.Conv2d:
     return module
 
 
+def activated(h: FeatureMap) -> FeatureMap:
+    """SiLU of a map that nothing else needs, such as a norm's result: in its memory where no gradient asks for it."""
+    return F.silu(h, inplace=not torch.is_grad_enabled())
+
+
+class ResidualConv2d(nn.Conv2d):
+    """A convolution at the end of a residual branch, which is given what it adds to."""
+
+    def forward(self, input: FeatureMap, onto: FeatureMap | None = None) -> FeatureMap:
+        """The convolution, added to a map of its result's shape where there is one."""
+        h = super().forward(input)
+        return h if onto is None else onto + h
+
+
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv; (+ embedding); norm, SiLU, dropout, conv; + input.
 
@@ -108,7 +122,7 @@ class ResidualBlock(nn.Module):
         self.embed = nn.Linear(embedding, embedded) if embedding else None
         self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = ResidualConv2d(out_channels, out_channels, 3, padding=1)
         if embedding:  # the U-Net's blocks start as the identity, the autoencoder's do not
             zeroed(self.conv2)
         same = channels == out_channels
@@ -116,14 +130,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: FeatureMap, embedding: Embedding | None = None) -> FeatureMap:
         """Map `[b, channels, h, w]` to `[b, out_channels, h, w]`, twice or half as large if asked."""
-        h = self.conv1(self._resampled(F.silu(self.norm1(x))))
+        h = self.conv1(self._resampled(activated(self.norm1(x))))
         if self.embed is None or embedding is None:
             h = self.norm2(h)
         else:
             told = self.embed(F.silu(embedding))[:, :, None, None]
             h = self._scaled_and_shifted(h, told) if self.scale_shift else self.norm2(h + told)
-        h = self.conv2(self.dropout(F.silu(h)))
-        return self.skip(self._resampled(x)) + h
+        return self.conv2(self.dropout(activated(h)), self.skip(self._resampled(x)))
 
     def _scaled_and_shifted(self, h: FeatureMap, told: FeatureMap) -> FeatureMap:
         scale, shift = told.chunk(2, dim=1)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmkit.networks.blocks import Upsample
+from ldmkit.networks.blocks import ResidualConv2d, Upsample
 from ldmkit.networks.transformer import GatedFeedForward
 
 SHAPES = 4
@@ -26,13 +26,14 @@ SLOW_PIXELS = range(17, 1024)
 """Sizes of maps on which torch's group norm takes four times as long with channels last."""
 CHANNELS_LAST = torch.channels_last
 
-PAIR = 2
-"""Rows beside which a row is what it is by definition."""
-
 IMAGES = 4
 """Axes of a batch of maps."""
 
-Forward = Callable[[Tensor], Tensor]
+PAIR = 2
+"""Rows beside which a row is what it is by definition."""
+
+Forward = Callable[..., Tensor]
+"""Of a batch, and of what the result is added to where the layer does that."""
 
 
 class Weights(dict[Hashable, Any]):
@@ -62,18 +63,18 @@ class Packed:
         self._packed = KINDS[type(layer)](layer, Weights())
         self._described = repr(layer)  # takes as long as a small layer
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *onto: Tensor) -> Tensor:
         """As `layer.forward`."""
         if torch.is_grad_enabled():
-            return in_pairs(self._plain, x)
-        if len(x) == PAIR or self._rows_are_alike(x):
-            return self._packed(x)
-        return in_pairs(self._packed, x)
+            return in_pairs(self._plain, x, *onto)
+        if len(x) == PAIR or self._rows_are_alike(x, *onto):
+            return self._packed(x, *onto)
+        return in_pairs(self._packed, x, *onto)
 
-    def _rows_are_alike(self, x: Tensor) -> bool:
-        case = (self._described, x.shape, torch.get_num_threads())
+    def _rows_are_alike(self, x: Tensor, *onto: Tensor) -> bool:
+        case = (self._described, x.shape, len(onto), torch.get_num_threads())
         if case not in self._alike:
-            self._alike[case] = rows_are_alike(self._layer, x)
+            self._alike[case] = rows_are_alike(self._layer, x, *onto)
         return self._alike[case]
 
 
@@ -98,22 +99,28 @@ def is_packed(network: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def rows_are_alike(layer: nn.Module, x: Tensor) -> bool:
+def rows_are_alike(layer: nn.Module, x: Tensor, *onto: Tensor) -> bool:
     """Whether a packed layer adds up in the same order for a batch like this as for a pair.
 
     It is tried with rows that are all the same and products that cancel, so that all that comes out is what
     rounding leaves of them: another order shows in nearly every number, which it would hardly ever after
     rounding to bfloat16.
     """
-    if isinstance(layer, nn.GroupNorm):  # a sample by itself, but on large maps of several threads
-        return x.dim() != IMAGES or x.shape[2] * x.shape[3] < SLOW_PIXELS.stop
+    if isinstance(layer, nn.GroupNorm):
+        return _rows_are_added_up_whole(x)
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         return False
     axis = 1 if isinstance(layer, (nn.Conv2d, Upsample)) else x.dim() - 1
     generator = torch.Generator().manual_seed(0)
     compute = KINDS[type(layer)](_of_cancelling_weights(layer, generator), Weights())
     row = _cancelling(x[:1].shape, axis, generator, -1.0)
-    many, pair = (compute(row.repeat(count, *[1] * (x.dim() - 1))) for count in (len(x), PAIR))
+    many, pair = (
+        compute(
+            row.repeat(count, *[1] * (x.dim() - 1)),
+            *(torch.zeros_like(one[:1]).repeat(count, 1, 1, 1) for one in onto),
+        )
+        for count in (len(x), PAIR)
+    )
     return bool((many == pair[:1]).all() and (pair == pair[:1]).all())
 
 
@@ -150,13 +157,17 @@ def _of_cancelling_weights(layer: nn.Module, generator: torch.Generator) -> nn.M
     return probe
 
 
-def in_pairs(compute: Forward, x: Tensor) -> Tensor:
-    """Two rows at a time; a lone one goes beside itself."""
-    if len(x) == PAIR:
-        return compute(x)
-    results = [compute(x[first : first + PAIR]) for first in range(0, len(x) - 1, PAIR)]
-    if len(x) % PAIR:
-        results.append(compute(torch.cat([x[-1:], x[-1:]]))[:1])
+def in_pairs(compute: Forward, *given: Tensor) -> Tensor:
+    """Two rows of each at a time; a lone one goes beside itself."""
+    count = len(given[0])
+    if count == PAIR:
+        return compute(*given)
+    results = [
+        compute(*(one[first : first + PAIR] for one in given))
+        for first in range(0, count - 1, PAIR)
+    ]
+    if count % PAIR:
+        results.append(compute(*(torch.cat([one[-1:], one[-1:]]) for one in given))[:1])
     return torch.cat(results)
 
 
@@ -166,31 +177,41 @@ def packing_works() -> bool:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         x = torch.linspace(-1.0, 1.0, 1024, dtype=torch.bfloat16)
         tokens, image = x.view(1, 64, 16), x.view(1, 16, 8, 8)
-        layers = (nn.Linear(16, 16), GatedFeedForward(16), nn.Conv2d(16, 16, 3), Upsample(16))
+        tried: tuple[tuple[nn.Module, tuple[Tensor, ...]], ...] = (
+            (nn.Linear(16, 16), (tokens,)),
+            (GatedFeedForward(16), (tokens,)),
+            (nn.Conv2d(16, 16, 3), (image,)),
+            (ResidualConv2d(16, 16, 3, padding=1), (image, image)),
+            (Upsample(16), (image,)),
+        )
         try:
             return all(
                 torch.allclose(
-                    KINDS[type(layer)](layer, Weights())(given), layer(given), rtol=0.05, atol=0.02
+                    KINDS[type(layer)](layer, Weights())(*given),
+                    layer(*given),
+                    rtol=0.05,
+                    atol=0.02,
                 )
-                for layer, given in zip(
-                    (layer.bfloat16() for layer in layers),
-                    (tokens, tokens, image, image),
-                    strict=True,
-                )
+                for layer, given in ((one.bfloat16(), given) for one, given in tried)
             )
         except (AttributeError, RuntimeError):  # another build of torch
             return False
 
 
 def _packed_convolution(layer: nn.Conv2d, weights: Weights) -> Forward:
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, onto: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=CHANNELS_LAST)
         how = ([*layer.padding], [*layer.stride], [*layer.dilation], layer.groups)
         weight = weights.of(
             x.shape,
             lambda: torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *how, [*x.shape]),
         )
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, layer.bias, *how, *ALONE)
+        if onto is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, layer.bias, *how, *ALONE)
+        onto = onto.contiguous(memory_format=CHANNELS_LAST)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, onto, weight, layer.bias, *how, *ADDED
+        )
 
     return forward
 
@@ -249,7 +270,7 @@ def _packed_group_norm(layer: nn.GroupNorm, weights: Weights) -> Forward:
     plain = layer.forward
 
     def forward(x: Tensor) -> Tensor:
-        pixels = x.shape[2] * x.shape[3] if x.dim() == IMAGES else 1
+        pixels = _pixels(x)
         if pixels in SLOW_PIXELS:
             return plain(x.contiguous()).contiguous(memory_format=CHANNELS_LAST)
         if pixels >= SLOW_PIXELS.stop and torch.get_num_threads() > PAIR and len(x) > 1:
@@ -259,14 +280,28 @@ def _packed_group_norm(layer: nn.GroupNorm, weights: Weights) -> Forward:
     return forward
 
 
+def _rows_are_added_up_whole(x: Tensor) -> bool:
+    """By a group norm: a large map's pixels are divided among threads, rows only where it comes out even."""
+    threads = torch.get_num_threads()
+    return _pixels(x) < SLOW_PIXELS.stop or (threads <= PAIR and len(x) % threads == 0)
+
+
+def _pixels(x: Tensor) -> int:
+    """Of a map; other inputs count as one."""
+    return x.shape[2] * x.shape[3] if x.dim() == IMAGES else 1
+
+
 def _linear_weight(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
 
 ALONE: tuple[str, list[float], str] = ("none", [], "")
 """Nothing is done to what an operator gives."""
+ADDED = ("add", None, None, [], None)
+"""It is added to another map."""
 KINDS: dict[type[nn.Module], Callable[[Any, Weights], Forward]] = {
     nn.Conv2d: _packed_convolution,
+    ResidualConv2d: _packed_convolution,
     nn.Linear: _packed_linear,
     nn.GroupNorm: _packed_group_norm,
     Upsample: _packed_upsample,

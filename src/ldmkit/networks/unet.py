@@ -9,7 +9,6 @@ self-attention. Every residual branch and the output start at zero.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from ldmkit.networks.blocks import (
     SpatialAttention,
     Tokens,
     Upsample,
+    activated,
     timestep_embedding,
     zeroed,
 )
@@ -174,7 +174,7 @@ class UNet(nn.Module):
         x = self.middle_out(self.middle_in(skips[-1], embedding, tokens), embedding)
         for level in self.up:
             x = level(x, skips, embedding, tokens)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(activated(self.norm_out(x)))
 
     @property
     def dtype(self) -> torch.dtype:
