@@ -15,6 +15,7 @@ from ours import OURS, train_with_adversary_as_shipped
 from workloads import Kind, Workload
 
 from ldmkit import terminal
+from ldmkit.heap import keep_heap
 
 OURS_NAME, REFERENCE = "ldmkit", "diffusers:fp32"
 WARM_UP = 2
@@ -127,6 +128,8 @@ def measure(
 ) -> Run:
     """Time all cases of a workload in rounds, each of which has another order."""
     terminal.be_quiet(True)
+    if workload.kind != "sample":  # as the commands do; here all cases have it
+        keep_heap()
     torch.set_num_threads(options.threads)
     device, names = options.device, options.cases or cases_of(workload.kind, options.device)
     prepared = {case: prepare(workload, case, device) for case in names}

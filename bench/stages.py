@@ -38,6 +38,7 @@ from ldmkit.data.latents import shard_name
 from ldmkit.data_configs import EncodeConfig
 from ldmkit.diffusion_configs import UNetConfig
 from ldmkit.facts import DiffusionFacts, ShardEntry, Whitening
+from ldmkit.heap import keep_heap
 from ldmkit.manifest import read_manifest, write_manifest
 
 TINY = Sizes(32, 32, (1, 2), 1, 4, 16, 5, 24, 8)
@@ -284,7 +285,9 @@ def piped(first: Sequence[str], second: Sequence[str]) -> None:
 
 
 def _begin(asked: Asked) -> None:
+    """The way that the commands begin."""
     terminal.be_quiet(True)
+    keep_heap()
     torch.set_num_threads(asked.threads)
 
 

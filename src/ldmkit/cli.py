@@ -75,8 +75,8 @@ COMMANDS: dict[str, type[configs.Config]] = {
     "export": interchange_configs.ExportConfig,
 }
 """Command -> its config; the function of the same name in `ldmkit` does the work."""
-TRAINS = {"train-ae", "train-diffusion"}
-"""Commands whose every step takes and frees as much memory as the one before."""
+KEEP_HEAP = {"train-ae", "train-diffusion", "encode", "decode"}
+"""Commands whose every step takes and frees as much memory as the one before (docs/performance.md)."""
 INPUTS = {"train-diffusion": "latents"}
 """Commands that can read standard input -> the field that says so; some others can too."""
 REPORTS_ON = {"inspect": "path", "spread": "samples"}
@@ -155,7 +155,7 @@ def run_command(
         as_json: print the report as JSON.
     """
     terminal.be_quiet(quiet)
-    if name in TRAINS:
+    if name in KEEP_HEAP:
         keep_heap()
     code = 0
     with _guarded_stdout() as output:
