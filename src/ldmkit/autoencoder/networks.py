@@ -11,14 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldmkit.autoencoder_configs import AutoencoderConfig
-from ldmkit.networks.blocks import (
-    FeatureMap,
-    Norm,
-    ResidualBlock,
-    SpatialAttention,
-    Upsample,
-    activated,
-)
+from ldmkit.networks.blocks import FeatureMap, Norm, ResidualBlock, SpatialAttention, Upsample
+from ldmkit.networks.channels_last import activated, laid_out
 from ldmkit.tensors import Images
 
 EPS = 1e-6
@@ -82,10 +76,10 @@ class Encoder(nn.Module):
 
     def forward(self, images: Images) -> FeatureMap:
         """Map `[b, c, h, w]` to `[b, out_channels, h/f, w/f]`."""
-        h = self.conv_in(images)
+        h = self.conv_in(laid_out(images))
         for level in self.levels:
             h = _run(level, h, self.checkpointing)
-        return self.conv_out(activated(self.norm_out(self.middle(h))))
+        return self.conv_out(activated(self.norm_out, self.middle(h)))
 
 
 class Decoder(nn.Module):
@@ -117,11 +111,12 @@ class Decoder(nn.Module):
         h = self.middle(self.conv_in(latents))
         for level in self.levels:
             h = _run(level, h, self.checkpointing)
-        return self.conv_out(activated(self.norm_out(h)))
+        return self.conv_out(activated(self.norm_out, h))
 
 
 def _run(level: nn.Module, h: FeatureMap, checkpointing: bool) -> FeatureMap:
     """A level's output; with checkpointing its activations are computed again when they are needed."""
+    h = laid_out(h)
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(level, h, use_reentrant=False)
     return level(h)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldmkit.networks.attention import attend
+from ldmkit.networks.channels_last import activated
 
 MANY_PIXELS = 256
 """From so many on, attention is given the memory layout that the kernels without a matrix of all
@@ -74,11 +75,6 @@ def zeroed(module: nn.Conv2d) -> nn.Conv2d:
     return module
 
 
-def activated(h: FeatureMap) -> FeatureMap:
-    """SiLU of a map that nothing else needs, such as a norm's result: in its memory where no gradient asks for it."""
-    return F.silu(h, inplace=not torch.is_grad_enabled())
-
-
 class ResidualConv2d(nn.Conv2d):
     """A convolution at the end of a residual branch, which is given what it adds to."""
 
@@ -130,13 +126,16 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: FeatureMap, embedding: Embedding | None = None) -> FeatureMap:
         """Map `[b, channels, h, w]` to `[b, out_channels, h, w]`, twice or half as large if asked."""
-        h = self.conv1(self._resampled(activated(self.norm1(x))))
+        h = self.conv1(self._resampled(activated(self.norm1, x)))
         if self.embed is None or embedding is None:
-            h = self.norm2(h)
+            h = activated(self.norm2, h)
         else:
             told = self.embed(F.silu(embedding))[:, :, None, None]
-            h = self._scaled_and_shifted(h, told) if self.scale_shift else self.norm2(h + told)
-        return self.conv2(self.dropout(activated(h)), self.skip(self._resampled(x)))
+            if self.scale_shift:
+                h = F.silu(self._scaled_and_shifted(h, told))
+            else:
+                h = activated(self.norm2, h + told)
+        return self.conv2(self.dropout(h), self.skip(self._resampled(x)))
 
     def _scaled_and_shifted(self, h: FeatureMap, told: FeatureMap) -> FeatureMap:
         scale, shift = told.chunk(2, dim=1)
@@ -189,6 +188,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: FeatureMap) -> FeatureMap:
         """Every pixel attends to every pixel; the shape stays."""
+        if torch.is_grad_enabled():
+            x = x.contiguous()  # a norm without SiLU has no fast gradient with channels last
         pattern = "b (three heads width) y x -> three b heads (y x) width"
         qkv = rearrange(self.qkv(self.norm(x)), pattern, three=3, heads=self.heads)
         if x.shape[2] * x.shape[3] >= MANY_PIXELS:

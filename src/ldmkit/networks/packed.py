@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmkit.networks.blocks import ResidualConv2d, Upsample
+from ldmkit.networks.channels_last import CHANNELS_LAST, FAST_PIXELS
 from ldmkit.networks.transformer import GatedFeedForward
 
 SHAPES = 4
 """Of inputs for which a layer keeps its packed weights at most; pictures in buckets have many."""
-SLOW_PIXELS = range(17, 1024)
+SLOW_PIXELS = range(17, FAST_PIXELS)
 """Sizes of maps on which torch's group norm takes four times as long with channels last."""
-CHANNELS_LAST = torch.channels_last
-
 IMAGES = 4
 """Axes of a batch of maps."""
 
@@ -273,7 +272,7 @@ def _packed_group_norm(layer: nn.GroupNorm, weights: Weights) -> Forward:
         pixels = _pixels(x)
         if pixels in SLOW_PIXELS:
             return plain(x.contiguous()).contiguous(memory_format=CHANNELS_LAST)
-        if pixels >= SLOW_PIXELS.stop and torch.get_num_threads() > PAIR and len(x) > 1:
+        if pixels >= FAST_PIXELS and torch.get_num_threads() > PAIR and len(x) > 1:
             return torch.cat([plain(row) for row in x.split(1)])  # its bounds depend on its place
         return plain(x)
 
@@ -283,7 +282,7 @@ def _packed_group_norm(layer: nn.GroupNorm, weights: Weights) -> Forward:
 def _rows_are_added_up_whole(x: Tensor) -> bool:
     """By a group norm: a large map's pixels are divided among threads, rows only where it comes out even."""
     threads = torch.get_num_threads()
-    return _pixels(x) < SLOW_PIXELS.stop or (threads <= PAIR and len(x) % threads == 0)
+    return _pixels(x) < FAST_PIXELS or (threads <= PAIR and len(x) % threads == 0)
 
 
 def _pixels(x: Tensor) -> int:

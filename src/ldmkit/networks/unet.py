@@ -21,10 +21,10 @@ from ldmkit.networks.blocks import (
     SpatialAttention,
     Tokens,
     Upsample,
-    activated,
     timestep_embedding,
     zeroed,
 )
+from ldmkit.networks.channels_last import activated
 from ldmkit.networks.transformer import SpatialTransformer
 
 EPS = 1e-5
@@ -174,7 +174,7 @@ class UNet(nn.Module):
         x = self.middle_out(self.middle_in(skips[-1], embedding, tokens), embedding)
         for level in self.up:
             x = level(x, skips, embedding, tokens)
-        return self.conv_out(activated(self.norm_out(x)))
+        return self.conv_out(activated(self.norm_out, x))
 
     @property
     def dtype(self) -> torch.dtype:
