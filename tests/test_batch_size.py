@@ -185,9 +185,9 @@ def test_the_bytes_that_a_step_holds_are_counted_without_memory():
     assert weights + kept <= peak_bytes(step) <= 2 * weights + kept + 2 * 4 * 1000 * 301
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adafactor", "muon"])
 def test_moments_are_counted_as_the_optimizers_keep_them(optimizer):
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 5))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 999))
     config = auto(batch_size=1, optimizer=optimizer)
     optimizers = build_optimizers(net, config)
     net(torch.ones(2, 3, 3, 3)).sum().backward()

@@ -165,9 +165,9 @@ def test_one_process_goes_on_with_what_was_divided(done, pipeline, tmp_path):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
-def test_optimizers_that_need_whole_matrices_are_refused(optimizer, tmp_path):
-    with pytest.raises(ValueError, match=f"--optimizer adamw: {optimizer} needs whole matrices"):
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "adafactor", "muon"])
+def test_optimizers_that_need_whole_weights_are_refused(optimizer, tmp_path):
+    with pytest.raises(ValueError, match=f"--optimizer adamw: {optimizer} needs whole weights"):
         TrainDiffusionConfig(latents=tmp_path, shard="fsdp2", optimizer=optimizer)
 
 

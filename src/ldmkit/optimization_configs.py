@@ -95,9 +95,10 @@ class OptimizationConfig(Config):
     decay_start: Positive | None = field(
         None, "Step at which --lr-decay begins (default: the end of the warm-up)"
     )
-    optimizer: Literal["adamw", "adafactor", "muon"] = field(
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "muon"] = field(
         "adamw",
-        "muon moves the matrices of linear layers, and AdamW all other weights; adafactor keeps less",
+        "adamw-8bit keeps a quarter of the moments' memory, adafactor less; muon moves the matrices of linear"
+        " layers, and AdamW all other weights",
     )
     betas: tuple[Fraction, Fraction] = field(ADAM_BETAS, "Decay of AdamW's two moments")
     weight_decay: Weight = field(0.01, "Weight decay, times the learning rate in each step")
@@ -146,7 +147,7 @@ class OptimizationConfig(Config):
             )
         if self.shard != "none" and self.optimizer != "adamw":
             raise ValueError(
-                f"--shard {self.shard} goes with --optimizer adamw: {self.optimizer} needs whole matrices, of"
+                f"--shard {self.shard} goes with --optimizer adamw: {self.optimizer} needs whole weights, of"
                 " which a process has parts"
             )
         if self.optimizer == "adafactor" and self.betas != ADAM_BETAS:

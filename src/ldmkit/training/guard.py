@@ -1,7 +1,7 @@
 """Leaving out the updates that would spoil the weights, without waiting for the device in each step.
 
 Whether an update is sound is known on the device before it happens, and it is left out there: by the
-optimizer where it can (fused AdamW), else by putting back what it changed. The host only looks now
+optimizer where it can (fused or 8-bit AdamW), else by putting back what it changed. The host only looks now
 and then, to count and to name the samples.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldmkit.tensors import Scalar, Sigmas
+from ldmkit.training.adamw8bit import AdamW8bit
 
 PATIENCE = 10
 """Updates left out in a row that end a run."""
@@ -106,14 +107,14 @@ def step_if(sound: Bool[Tensor, ""], optimizer: Optimizer) -> None:
     if sound.device.type == "cpu" or isinstance(optimizer, torch.optim.Adafactor):
         if bool(sound):
             optimizer.step()
-    elif isinstance(optimizer, torch.optim.AdamW):
+    elif isinstance(optimizer, (torch.optim.AdamW, AdamW8bit)):
         step_unless_found(optimizer, (~sound).float())
     else:
         step_or_put_back(sound, optimizer)
 
 
 def step_unless_found(optimizer: Optimizer, found: Scalar) -> None:
-    """A step of a fused optimizer whose kernel changes nothing where `found` is 1.
+    """A step of an optimizer that changes nothing where `found` is 1, as the kernel of fused ones does.
 
     This is how `torch.amp.GradScaler` tells it of overflows.
     """

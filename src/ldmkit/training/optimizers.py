@@ -1,5 +1,6 @@
-"""The optimizers by name, as torch ships them, and which weights each of them moves."""
+"""The optimizers by name, as torch ships them but for one, and which weights each of them moves."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from ldmkit.configs import TrainDiffusionConfig
+from ldmkit.training.adamw8bit import BLOCK, LEAST, AdamW8bit
 
 Groups = list[dict[str, object]]
 
@@ -30,6 +32,11 @@ def build_optimizers(module: nn.Module, config: TrainDiffusionConfig) -> dict[st
 def adamw(module: nn.Module, config: TrainDiffusionConfig) -> dict[str, Optimizer]:
     """AdamW (Loshchilov and Hutter 2019) for all weights."""
     return {"model": _adamw(_trained(module), config)}
+
+
+def adamw_8bit(module: nn.Module, config: TrainDiffusionConfig) -> dict[str, Optimizer]:
+    """AdamW for all weights, with moments of a byte each."""
+    return {"model": AdamW8bit(_groups(_trained(module), config), config.peak_lr, config.betas)}
 
 
 def adafactor(module: nn.Module, config: TrainDiffusionConfig) -> dict[str, Optimizer]:
@@ -79,20 +86,23 @@ def _trained(module: nn.Module) -> list[Parameter]:
 def moment_bytes(module: nn.Module, config: TrainDiffusionConfig) -> int:
     """Bytes of what the optimizers remember of each weight after the first step.
 
-    AdamW keeps two numbers for each, Muon one, Adafactor one for each row and column of a matrix.
+    AdamW keeps two numbers for each, or two bytes and two numbers for a block, Muon one, Adafactor one for each
+    row and column of a matrix.
     """
     linear = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
     total = 0
     for weight in _trained(module):
-        if config.optimizer == "adafactor" and weight.ndim > 1:
-            kept = weight.numel() // weight.shape[-1] + weight.numel() // weight.shape[-2]
+        count, size = weight.numel(), weight.element_size()
+        if config.optimizer == "adamw-8bit" and count >= LEAST:
+            total += 2 * (count + 4 * math.ceil(count / BLOCK))
+        elif config.optimizer == "adafactor" and weight.ndim > 1:
+            total += size * (count // weight.shape[-1] + count // weight.shape[-2])
         elif config.optimizer == "adafactor" or (
             config.optimizer == "muon" and id(weight) in linear
         ):
-            kept = weight.numel()
+            total += size * count
         else:
-            kept = 2 * weight.numel()
-        total += kept * weight.element_size()
+            total += size * 2 * count
     return total
 
 
@@ -103,6 +113,7 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Parameter]:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, TrainDiffusionConfig], dict[str, Optimizer]]] = {
     "adamw": adamw,
+    "adamw-8bit": adamw_8bit,
     "adafactor": adafactor,
     "muon": muon,
 }
