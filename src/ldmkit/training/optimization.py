@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -54,12 +55,17 @@ def gradient_norm(parameters: Iterable[Parameter], clip_norm: float) -> Scalar:
     """
     parts, plain = divided(p for p in parameters if p.grad is not None)
     groups = [parts, plain] if parts and plain else [parts or plain]
-    norms = [
-        whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
-        for group in groups
-    ]
+    norms = [whole(_norm([p.grad for p in group if p.grad is not None])) for group in groups]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if clip_norm > 0:
         for group in groups:
             torch.nn.utils.clip_grads_with_norm_(group, clip_norm, norm)
     return norm
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all together; on the CPU by products, which take half of the time and round less."""
+    if all(one.device.type == "cpu" and type(one) is Tensor for one in gradients):
+        flat = [one.flatten() for one in gradients]
+        return torch.stack([torch.dot(one, one) for one in flat]).sum().sqrt()
+    return torch.nn.utils.get_total_norm(gradients)
